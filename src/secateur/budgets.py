@@ -1,0 +1,254 @@
+"""Meeting a budget: which widths, out of those that the groups may take, come nearest to it from below.
+
+The choice is one list of *units* (the channels between two allowed widths of a group) in the order in which they go;
+the shortest prefix that meets the budget goes, and what then still fits is put back, last removed first. Where units
+are so coarse that this ends below 0.99 of the budget, other combinations are tried: all of them if they are few, else
+by a local search that exchanges units.
+
+The order needs an exchange rate between groups. ``global``: a unit is worth the share of the importance that its group
+still holds, as ``log(before / after)``, times the number of layers that write the group (a residual stage is many
+layers pruned as one), per unit of what removing a channel of the dense network saves. A share is free of scale, and
+grows as the group gets thinner, so that no layer collapses merely because its channels are expensive. ``uniform``: one
+ratio for all groups; a unit goes as soon as the ratio does not round to a wider one.
+
+Letters: ``G`` groups, ``U`` units, ``B`` choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from secateur.core import Budget, Group
+from secateur.costs import Cost, evaluate, evaluate_many, marginals
+from secateur.errors import Unreachable
+from secateur.scores import normalise
+
+NEAR = 0.99
+"""A budget counts as reached from this fraction of it on."""
+FEW = 20_000
+"""So many combinations of widths are tried one and all."""
+TRIES = 300
+"""So many steps the search among more combinations takes at most."""
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """The widths groups may take, ``[G]`` each: dense at level 0, ``top``, ``top - step`` ... at ``levels``."""
+
+    dense: np.ndarray
+    top: np.ndarray
+    step: np.ndarray
+    levels: np.ndarray
+
+    def width(self, level: np.ndarray) -> np.ndarray:
+        """Kept counts ``[..., G]`` at ``level [..., G]``."""
+        return np.where(level == 0, self.dense, self.top - (level - 1) * self.step)
+
+
+def ladder_of(groups: Sequence[Group], min_channels: int, round_to: int) -> Ladder:
+    """The widths between ``min_channels`` and dense that are multiples of ``round_to``, and dense itself.
+
+    Both are in channels of the writing layer, of which a channel of a group stands for ``partitions``.
+    """
+    dense = np.array([g.channels for g in groups], dtype=np.int64)
+    filters = np.array([g.partitions for g in groups], dtype=np.int64)
+    step = round_to // np.gcd(round_to, filters)
+    fewest = -(-min_channels // filters)
+    lowest = -(-fewest // step) * step
+    top = (dense - 1) // step * step
+    return Ladder(dense, top, step, np.where(lowest < dense, (top - lowest) // step + 1, 0))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a budget is met with: ``width [G]`` is where each group starts, ``free [G]`` whether it may shrink."""
+
+    groups: Sequence[Group]
+    scores: Mapping[str, torch.Tensor]
+    cost: Cost
+    width: np.ndarray
+    free: np.ndarray
+    ladder: Ladder
+
+    def keep(self, level: np.ndarray) -> np.ndarray:
+        """Kept counts at ``level [..., G]``, the level of the free groups on the ladder."""
+        return np.where(self.free, self.ladder.width(level), self.width)
+
+    def cost_at(self, level: np.ndarray) -> float:
+        """The cost at ``level [G]``."""
+        return evaluate(self.cost, self.keep(level))
+
+
+@dataclass(frozen=True)
+class Units:
+    """Units in the order in which they go, ``[U]`` each: unit ``u`` takes ``group[u]`` from ``level[u]`` to the next.
+    ``loss [U]``: what is lost by it."""
+
+    group: np.ndarray
+    level: np.ndarray
+    loss: np.ndarray
+
+
+def meet(problem: Problem, budget: Budget, allocation: str, n_excluded: int, locked: Sequence[Group]) -> np.ndarray:
+    """The kept counts ``[G]`` that come nearest to the budget from below.
+
+    ``allocation``: the order in which units go, global or uniform. ``n_excluded`` and ``locked`` only explain. Raises
+    ``Unreachable``, with the reachable range and what bounds it.
+    """
+    n_groups = len(problem.groups)
+    dense = evaluate(problem.cost, problem.ladder.dense)
+    target = float(budget.at_most) if budget.at_most is not None else float(budget.keep or 0) * dense
+    none = np.zeros(n_groups, dtype=np.int64)
+    if problem.cost_at(none) <= target:
+        return problem.keep(none)
+    lowest = problem.cost_at(problem.ladder.levels)
+    if lowest > target:
+        raise Unreachable(_why_unreachable(problem, budget, target, dense, n_excluded, locked))
+    units = _units(problem, allocation)
+    fewest, most = 0, len(units.group)
+    while most - fewest > 1:
+        middle = (fewest + most) // 2
+        too_much = problem.cost_at(_levels(units, middle, n_groups)) > target
+        fewest, most = (middle, most) if too_much else (fewest, middle)
+    level = _fill(problem, units, _levels(units, most, n_groups), target)
+    if problem.cost_at(level) < NEAR * target:
+        level = _combine(problem, units, level, target)
+    return problem.keep(level)
+
+
+def _levels(units: Units, count: int, n_groups: int) -> np.ndarray:
+    return np.bincount(units.group[:count], minlength=n_groups)
+
+
+def _units(problem: Problem, allocation: str) -> Units:
+    """All units of the free groups, in the order in which they go."""
+    normal = normalise(problem.scores)
+    price = marginals(problem.cost, problem.width)
+    group, level, first, second, loss = [], [], [], [], []
+    for i in np.flatnonzero(problem.free & (problem.ladder.levels > 0)).tolist():
+        of = problem.groups[i]
+        steps = np.arange(problem.ladder.levels[i] + 1)
+        dense, top, step = (int(a[i]) for a in (problem.ladder.dense, problem.ladder.top, problem.ladder.step))
+        widths = np.where(steps == 0, dense, top - (steps - 1) * step)
+        ascending = np.sort(normal[of.name].cpu().numpy())
+        left = np.cumsum(ascending[::-1])[widths - 1]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            share = np.where(left[1:] > 0, np.log(left[:-1] / left[1:]), 0.0) * _layers(of)
+            worth = share / (-np.diff(widths) * price[i]) if price[i] > 0 else np.full(len(share), np.inf)
+        ratio = 1 - (widths[1:] + 1) / dense  # Above this ratio the rule of ratios keeps widths[1:] or less.
+        # Rounding must not put a unit before one that goes earlier in its own group.
+        worth = np.maximum.accumulate(worth)
+        group.append(np.full(len(share), i))
+        level.append(steps[:-1])
+        first.append(ratio if allocation == "uniform" else worth)
+        second.append(worth)
+        loss.append(share)
+    groups, levels = np.concatenate(group), np.concatenate(level)
+    order = np.lexsort((levels, groups, np.concatenate(second), np.concatenate(first)))
+    return Units(groups[order], levels[order], np.concatenate(loss)[order])
+
+
+def _layers(group: Group) -> int:
+    """How many weights write the group: the layers that lose a filter with each channel."""
+    return max(1, len({s.tensor for s in group.slices if s.role == "writes"}))
+
+
+def _prices(problem: Problem, level: np.ndarray, target: float) -> tuple[np.ndarray, np.ndarray]:
+    """What the next unit of each group costs to put back ``[G]``, and whether there is none or it does not fit."""
+    keep = problem.keep(level)
+    wider = problem.keep(np.maximum(level - 1, 0)) - keep
+    price = -marginals(problem.cost, keep, -wider)
+    return price, (wider == 0) | (price > target - evaluate(problem.cost, keep))
+
+
+def _fill(problem: Problem, units: Units, level: np.ndarray, target: float) -> np.ndarray:
+    """``level [G]`` with units put back, last removed first, until none fits.
+
+    While widths grow, prices grow and room shrinks: a group whose next unit does not fit is done for good.
+    """
+    level = level.copy()
+    done = np.zeros(len(level), dtype=bool)
+    while True:
+        done |= _prices(problem, level, target)[1]
+        back = np.flatnonzero((units.level < level[units.group]) & ~done[units.group])[::-1]
+        if not len(back):
+            return level
+        fits, not_all = 0, len(back) + 1
+        while not_all - fits > 1:
+            middle = (fits + not_all) // 2
+            cheap = problem.cost_at(level - np.bincount(units.group[back[:middle]], minlength=len(level))) <= target
+            fits, not_all = (middle, not_all) if cheap else (fits, middle)
+        level -= np.bincount(units.group[back[:fits]], minlength=len(level))
+        if fits < len(back):
+            done[units.group[back[fits]]] = True
+
+
+def _combine(problem: Problem, units: Units, level: np.ndarray, target: float) -> np.ndarray:
+    """A combination of widths nearer to the budget than ``level [G]``, where there is one."""
+    widths = zip(problem.ladder.levels, problem.free, strict=True)
+    choices = [np.arange(n + 1) if free else np.zeros(1) for n, free in widths]
+    if np.prod([float(len(c)) for c in choices]) <= FEW:
+        return _best_of_all(problem, units, choices, target)
+    return _searched(problem, level, target)
+
+
+def _best_of_all(problem: Problem, units: Units, choices: Sequence[np.ndarray], target: float) -> np.ndarray:
+    """Of all combinations within [0.99, 1.00] of the budget the one that loses least, else the nearest below."""
+    levels = np.stack(np.meshgrid(*choices, indexing="ij"), axis=-1).reshape(-1, len(choices)).astype(np.int64)
+    costs = evaluate_many(problem.cost, problem.keep(levels))
+    lost = np.zeros(len(levels))
+    for group, level, loss in zip(units.group, units.level, units.loss, strict=True):
+        lost += np.where(levels[:, group] > level, loss, 0.0)
+    near = (costs <= target) & (costs >= min(NEAR * target, costs[costs <= target].max()))
+    return np.asarray(levels[near][np.argmin(lost[near])])
+
+
+def _searched(problem: Problem, level: np.ndarray, target: float) -> np.ndarray:
+    """A choice nearer to the budget than ``level [G]``, by a local search: take up to four units, put back what fits.
+
+    Steps that change nothing are followed, or it would stick where two units must go for one. The draws are seeded.
+    """
+    draw = np.random.default_rng(0)
+    at, reached = level, problem.cost_at(level)
+    start = reached
+    for _ in range(TRIES):
+        trial = at.copy()
+        for _ in range(int(draw.integers(1, 5))):
+            left = np.flatnonzero(problem.free & (trial < problem.ladder.levels))
+            if len(left):
+                trial[draw.choice(left)] += 1
+        while not (done := _prices(problem, trial, target)[1]).all():
+            trial[draw.choice(np.flatnonzero(~done))] -= 1
+        cost = problem.cost_at(trial)
+        if reached <= cost <= target:
+            at, reached = trial, cost
+        if reached >= NEAR * target:
+            break
+    return at if reached > start else level
+
+
+def _why_unreachable(
+    problem: Problem, budget: Budget, target: float, dense: float, n_excluded: int, locked: Sequence[Group]
+) -> str:
+    """What the budget asks for, what can be reached, and what stands in the way."""
+    least, most = problem.cost_at(problem.ladder.levels), problem.cost_at(np.zeros_like(problem.width))
+    n_fixed = int((~problem.free).sum()) - n_excluded
+    bounds = [f"min_channels={budget.min_channels}" if budget.min_channels > 1 else "one channel of every group stays"]
+    if budget.round_to > 1:
+        bounds.append(f"round_to={budget.round_to}")
+    if n_excluded:
+        bounds.append(f"{n_excluded} of {len(problem.groups)} groups excluded")
+    if n_fixed:
+        bounds.append(f"{n_fixed} of {len(problem.groups)} groups fixed by ratios")
+    if locked:
+        bounds.append(f"{len(locked)} groups locked ({locked[0].name!r}: {locked[0].locked})")
+    return (
+        f"no choice of channels has at most {target:,.0f} {budget.of}, {target / dense:.4f} of the dense network\n"
+        f"  reachable: {least:,.0f} to {most:,.0f} {budget.of}, {least / dense:.4f} to {most / dense:.4f}\n"
+        f"  bounded by: {'; '.join(bounds)}\n"
+        "  do: ask for a budget in that range, or loosen what bounds it"
+    )

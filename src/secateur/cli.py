@@ -1,0 +1,340 @@
+"""The ``secateur`` command: the verbs of the library, on networks by name and on saved folders.
+
+Every command is a few lines: open what was named, call the library, print. An error of ours becomes one red line on
+stderr and exit status 2, without a traceback; Ctrl-C ends with status 130 and nothing half-written.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+import secateur as sc
+from secateur import cli_output as show
+from secateur.artifact import save
+from secateur.cli_models import (
+    Source,
+    Subject,
+    open_model,
+    parse_options,
+    parse_ratios,
+    parse_shape,
+    read_plan,
+    remember_model,
+    tensor_bytes,
+)
+from secateur.errors import BadRequest, SecateurError
+from secateur.graph import as_arguments, flatten
+from secateur.measurement import ENGINES, inference_runs, interleaved_latency_ms
+from secateur.onnx_file import export_onnx
+from secateur.report.content import Row, layer_rows
+
+
+class _Group(TyperGroup):
+    """Commands whose errors, if they are ours, are told and not traced."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SecateurError as error:
+            show.print_error(error)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            show.err().print("interrupted")
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    name="secateur",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        show_default=False,
+        help="zoo:NAME, torchvision:NAME, timm:NAME, package.module:function, or a saved folder.",
+    ),
+]
+Weights = Annotated[
+    Path | None, typer.Option("--weights", metavar="FILE", help="Your trained weights: .safetensors, .pth, .pt.")
+]
+Shape = Annotated[
+    str | None, typer.Option("--input", metavar="N,C,H,W", help="Shape of the example input, the batch included.")
+]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of a network without weights, and of random criteria.")]
+Options = Annotated[
+    list[str] | None,
+    typer.Option("--option", metavar="NAME=VALUE", help="Passed to what builds MODEL, as num_classes=10; repeatable."),
+]
+Base = Annotated[
+    str | None, typer.Option("--model", metavar="MODEL", help="The dense network of a saved folder, if not recorded.")
+]
+Output = Annotated[Path, typer.Option("-o", "--output", show_default=False, help="Where to write.")]
+
+
+@app.callback()
+def secateur() -> None:
+    """Prune convolutional networks exactly: smaller, faster, and nothing else changed.
+
+    [bold]MODEL[/] is zoo:resnet56, torchvision:resnet50, timm:efficientnet_lite0, your own package.module:function, or
+    a folder saved by [bold]apply[/].
+
+    A first look:  [cyan]secateur inspect zoo:resnet20[/]
+    """
+
+
+@app.command(epilog="[bold]Example:[/]  [cyan]secateur demo[/]")
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for what it writes.")] = Path("demo"),
+    seed: Annotated[int, typer.Option("--seed", help="Seed of split, weights and training.")] = 0,
+) -> None:
+    """Train a ResNet-20 on handwritten digits, prune it to half its MACs, fine-tune, export, and report."""
+    from secateur.demo import run
+
+    run(output, seed=seed)
+
+
+@app.command(epilog="[bold]Example:[/]  [cyan]secateur inspect timm:efficientnet_lite0 --json[/]")
+def inspect(
+    model: Model,
+    weights: Weights = None,
+    shape: Shape = None,
+    seed: Seed = 0,
+    option: Options = None,
+    base: Base = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show which channels belong together, and what cannot be pruned and why."""
+    subject = _open(Source(model, weights, parse_shape(shape), seed, parse_options(option or ()), base))
+    groups = sc.find_groups(_traced(subject))
+    if as_json:
+        typer.echo(json.dumps(show.groups_json(groups), indent=1))
+        return
+    free, locked = [g for g in groups if not g.locked], [g for g in groups if g.locked]
+    show.out().print(show.groups_table(free))
+    if locked:
+        show.out().print(show.locked_table(locked))
+    channels = sum(g.channels for g in free)
+    show.say(f"{show.number(len(free), 'group')} of {channels:,} channels can be pruned, {len(locked)} locked.")
+
+
+@app.command(
+    epilog="[bold]Examples:[/]\n\n[cyan]secateur plan zoo:resnet56 --keep 0.5 -o plan.json[/]\n\n"
+    "[cyan]secateur plan torchvision:resnet50 --weights r50.pth --at-most 2e9 --round-to 8 -o plan.json[/]\n\n"
+    "[cyan]secateur plan zoo:vgg16_cifar --ratio 'features.2*=0.5' --ratio 'features.0=48' -o plan.json[/]"
+)
+def plan(
+    model: Model,
+    output: Output,
+    weights: Weights = None,
+    criterion: Annotated[str, typer.Option(help="How channels are ranked; an unknown name lists them all.")] = "l1",
+    keep: Annotated[float | None, typer.Option(help="Fraction of the cost to keep; half, if nothing is said.")] = None,
+    at_most: Annotated[float | None, typer.Option(help="The cost allowed, in place of --keep.")] = None,
+    of: Annotated[str, typer.Option(help="What the cost is: macs, params or channels.")] = "macs",
+    ratio: Annotated[
+        list[str] | None,
+        typer.Option(metavar="RATIO", help="Fraction to remove, or GLOB=RATIO, or GLOB=WIDTH; repeatable."),
+    ] = None,
+    exclude: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Leave these groups; repeatable.")] = None,
+    allocation: Annotated[str, typer.Option(help="How a budget is shared: global or uniform.")] = "global",
+    round_to: Annotated[int, typer.Option(help="Kept widths are multiples of this.")] = 1,
+    min_channels: Annotated[int, typer.Option(help="Least width of any group.")] = 1,
+    shape: Shape = None,
+    seed: Seed = 0,
+    option: Options = None,
+    base: Base = None,
+) -> None:
+    """Decide which channels go, and write the decision as JSON."""
+    ratios = parse_ratios(ratio or ())
+    if keep is None and at_most is None and ratios is None:
+        keep = 0.5
+    source = Source(model, weights, parse_shape(shape), seed, parse_options(option or ()), base)
+    subject = _open(source)
+    budget = None
+    if keep is not None or at_most is not None:
+        budget = sc.Budget(keep=keep, at_most=at_most, of=of, min_channels=min_channels, round_to=round_to)  # type: ignore[arg-type]
+    graph = _traced(subject)
+    with show.working("deciding"):
+        made = sc.plan(
+            graph,
+            criterion=criterion,
+            budget=budget,
+            ratios=ratios,
+            exclude=tuple(exclude or ()),
+            allocation=allocation,  # type: ignore[arg-type]
+        )
+    _write_text(output, remember_model(made, source).to_json())
+    show.out().print(show.plan_table(made))
+    kept = sum(len(indices) for indices in made.keep.values())
+    total = sum(group.channels for group in made.groups)
+    show.say(f"keeps {kept:,} of {total:,} channels; written to {output}")
+    if not subject.trained:
+        show.err().print("[yellow]note:[/] the weights are random: --weights FILE ranks those of your trained network")
+
+
+@app.command(epilog="[bold]Example:[/]  [cyan]secateur apply zoo:resnet56 plan.json --weights r56.pth -o small[/]")
+def apply(
+    model: Model,
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", show_default=False, help="What secateur plan wrote.")],
+    output: Output,
+    weights: Weights = None,
+    seed: Seed = 0,
+    option: Options = None,
+    base: Base = None,
+    check: Annotated[bool, typer.Option(help="Compare with the masked dense network before saving.")] = True,
+) -> None:
+    """Remove the channels and save the smaller network: weights, plan, environment. The dense one is not touched."""
+    decided = read_plan(plan_file)
+    source = Source(model, weights, None, seed, parse_options(option or ()), base)
+    subject = _open(source)
+    with show.working("removing channels" + (" and checking" if check else "")):
+        small = sc.apply(subject.model, decided, check=check)
+    # of a network pruned before, too, the first, dense one is remembered: that is what a folder is rebuilt from
+    save(output, small, remember_model(decided, subject.built))
+    before, after = (sum(p.numel() for p in m.parameters()) for m in (subject.model, small))
+    show.say(f"parameters {before:,} → {after:,} ({100 * after / before:.1f} %); saved in {output}/")
+
+
+@app.command(epilog="[bold]Example:[/]  [cyan]secateur measure small --latency --engine onnxruntime[/]")
+def measure(
+    model: Model,
+    weights: Weights = None,
+    shape: Shape = None,
+    seed: Seed = 0,
+    option: Options = None,
+    base: Base = None,
+    latency: Annotated[bool, typer.Option("--latency/--no-latency", help="Time it: median of one batch.")] = True,
+    engine: Annotated[str, typer.Option(help="torch, onnxruntime, or both.")] = "torch",
+    threads: Annotated[int, typer.Option(help="Threads while timing.")] = 1,
+) -> None:
+    """Print the per-layer table, totals, size and latency; of a saved folder beside its dense network."""
+    subject = _open(Source(model, weights, parse_shape(shape), seed, parse_options(option or ()), base))
+    engines = _engines(engine) if latency else []
+    subjects = [subject]
+    if subject.dense is not None:
+        size = tensor_bytes(subject.dense)
+        subjects = [Subject("dense", subject.dense, subject.inputs, size, trained=False, built=subject.built), subject]
+    graphs = [_traced(each) for each in subjects]
+    layers = layer_rows(sc.layer_table(graphs[0]), sc.layer_table(graphs[-1]))
+    show.out().print(show.layers_table(layers, pruned=subject.dense is not None))
+    _print_rows(subjects, graphs, engines, threads)
+
+
+@app.command(epilog="[bold]Example:[/]  [cyan]secateur compare zoo:resnet56 small --engine both[/]")
+def compare(
+    a: Model,
+    b: Model,
+    shape: Shape = None,
+    seed: Seed = 0,
+    option: Options = None,
+    latency: Annotated[bool, typer.Option("--latency/--no-latency", help="Time them in turns.")] = True,
+    engine: Annotated[str, typer.Option(help="torch, onnxruntime, or both.")] = "torch",
+    threads: Annotated[int, typer.Option(help="Threads while timing.")] = 1,
+) -> None:
+    """Two networks side by side, timed in turns on inputs of the same shape."""
+    engines = _engines(engine) if latency else []
+    options = parse_options(option or ())
+    subjects = [_open(Source(name, None, parse_shape(shape), seed, options)) for name in (a, b)]
+    _print_rows(subjects, [_traced(subject) for subject in subjects], engines, threads)
+
+
+@app.command(
+    epilog="[bold]Examples:[/]\n\n[cyan]secateur export small -o small.onnx[/]\n\n"
+    "[cyan]secateur export small --model mypackage.nets:net -o small.onnx[/]"
+)
+def export(
+    model: Model,
+    output: Output,
+    base: Base = None,
+    weights: Weights = None,
+    shape: Shape = None,
+    seed: Seed = 0,
+    option: Options = None,
+) -> None:
+    """Write ONNX with a dynamic batch, and compare it with torch in ONNX Runtime."""
+    subject = _open(Source(model, weights, parse_shape(shape), seed, parse_options(option or ()), base))
+    with show.working("exporting"):
+        written = export_onnx(subject.model, output, subject.inputs)
+    show.say(
+        f"{output}: {show.short_bytes(written.bytes)}, opset {written.opset}, "
+        f"largest difference to torch {written.max_difference:.1e}"
+    )
+
+
+def _open(source: Source) -> Subject:
+    with show.working(f"opening {source.name}"):
+        return open_model(source)
+
+
+def _engines(engine: str) -> list[str]:
+    if engine != "both" and engine not in ENGINES:
+        raise BadRequest(f"unknown engine {engine!r}; known: {', '.join(ENGINES)}, both")
+    return list(ENGINES) if engine == "both" else [engine]
+
+
+def _traced(subject: Subject) -> sc.Graph:
+    with show.working(f"tracing {subject.name}"):
+        return sc.trace(subject.model, subject.inputs)
+
+
+def _print_rows(subjects: list[Subject], graphs: list[sc.Graph], engines: list[str], threads: int) -> None:
+    """The table of networks, once per engine (latencies of two engines are not to be compared in one column)."""
+    counts = [sc.count(graph) for graph in graphs]
+    repeated = len({subject.name for subject in subjects}) < len(subjects)
+    names = [f"{subject.name} #{place}" if repeated else subject.name for place, subject in enumerate(subjects, 1)]
+    for engine in engines or [""]:
+        times = _timed(dict(zip(names, subjects, strict=True)), engine, threads) if engine else {}
+        rows = [
+            Row(name, int(c.params), int(c.macs), size=s.size, latency_ms=times.get(name))
+            for name, s, c in zip(names, subjects, counts, strict=True)
+        ]
+        label = f"{engine}, {show.number(threads, 'thread')}" if engine else ""
+        show.out().print(show.networks_table(rows, title="Networks", engine=label))
+
+
+def _timed(subjects: dict[str, Subject], engine: str, threads: int) -> dict[str, float]:
+    first, *others = subjects.values()
+    for other in others:
+        _same_inputs(first, other)
+    models = {name: subject.model for name, subject in subjects.items()}
+    with (
+        inference_runs(models, first.inputs, engine=engine, threads=threads) as runs,
+        show.bar(f"timing in {engine}") as update,
+    ):
+        return interleaved_latency_ms(runs, threads=threads, progress=lambda done, total: update(done, total, ""))
+
+
+def _same_inputs(first: Subject, second: Subject) -> None:
+    shapes = [[list(t.shape) for t in flatten(as_arguments(s.inputs))[0]] for s in (first, second)]
+    if shapes[0] != shapes[1]:
+        raise BadRequest(
+            f"{first.name} is run on {shapes[0]} and {second.name} on {shapes[1]}: their latencies cannot be compared\n"
+            "  do: give both one shape with --input, or leave the timing out with --no-latency"
+        )
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Written aside, then renamed: a plan is there whole or not at all."""
+    aside = path.with_name(f".{path.name}.part")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise BadRequest(f"{path} cannot be written: {error.strerror}\n  do: choose another path with -o") from error
+
+
+def main() -> None:
+    """The console script."""
+    app()

@@ -1,0 +1,207 @@
+"""How the command line speaks: tables and progress bars. Results go to stdout, progress and errors to stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.box import HEAVY_HEAD, SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from secateur.core import Group
+from secateur.plans import Plan
+from secateur.report.content import LayerRow, Row
+from secateur.report.page import change, short_bytes, short_count
+
+
+def out() -> Console:
+    """The console for results. Made anew each time: stdout may have been redirected since."""
+    return Console(highlight=False, soft_wrap=False)
+
+
+def err() -> Console:
+    """The console for progress and errors."""
+    return Console(stderr=True, highlight=False)
+
+
+def print_error(error: Exception) -> None:
+    """The first line in red, what follows as it is: our errors say there what to do."""
+    first, _, rest = str(error).partition("\n")
+    err().print(f"[bold red]error:[/] {escape(first)}", soft_wrap=True)
+    if rest:
+        err().print(escape(rest), soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """A line of result; ``text`` is printed as it is, never cut or wrapped."""
+    out().print(escape(text), soft_wrap=True)
+
+
+@contextmanager
+def working(text: str) -> Iterator[None]:
+    """A spinner on stderr while something of unknown length runs; nothing is left of it."""
+    with err().status(f"{text} ..."):
+        yield
+
+
+@contextmanager
+def bar(text: str, total: int | None = None) -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar on stderr: call what it gives with (done, total, what to say beside it)."""
+    columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(28), MofNCompleteColumn()]
+    with Progress(*columns, TextColumn("{task.fields[note]}"), TimeElapsedColumn(), console=err()) as progress:
+        task = progress.add_task(text, total=total, note="")
+
+        def update(done: int, total: int, note: str = "") -> None:
+            progress.update(task, completed=done, total=total, note=note)
+
+        yield update
+
+
+def networks_table(rows: Sequence[Row], *, title: str = "", engine: str = "") -> Table:
+    """Networks as rows, with those columns that any of them has; changes against the first row. It fits 80 columns."""
+    dense = rows[0]
+    narrow = out().width < 110
+    gap = "\n" if narrow else " "
+    frame = SIMPLE_HEAD if narrow else HEAVY_HEAD
+    table = Table(title=title or None, title_justify="left", title_style="bold", header_style="dim", box=frame)
+    if narrow:
+        table.padding, table.pad_edge = (0, 1, 0, 0), False
+    table.add_column("network", no_wrap=True)
+    shown: list[tuple[str, Callable[[Row], str]]] = []
+    if any(row.accuracy is not None for row in rows):
+        shown.append(("accuracy", lambda row: "–" if row.accuracy is None else f"{100 * row.accuracy:.2f} %"))
+    shown.append(("params", lambda row: _versus(row.params, dense.params, gap, first=row is dense)))
+    shown.append(("MACs", lambda row: _versus(row.macs, dense.macs, gap, first=row is dense)))
+    if any(row.size is not None for row in rows):
+        shown.append(("file", lambda row: "–" if row.size is None else short_bytes(row.size)))
+    if any(row.latency_ms is not None for row in rows):
+        label = "\n".join(["latency", *(engine.split(", ") if narrow else [engine])]).rstrip()
+        shown.append((label, lambda row: "–" if row.latency_ms is None else f"{row.latency_ms:.3f} ms"))
+    for heading, _ in shown:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(escape(row.name), *[value(row) for _, value in shown])
+    return table
+
+
+def layers_table(layers: Sequence[LayerRow], *, pruned: bool) -> Table:
+    """The table that papers print, a row per layer; ``pruned``: with what is left and its per cent."""
+    table = Table(header_style="dim", title="Layers", title_justify="left", title_style="bold")
+    table.add_column("layer", overflow="fold")
+    for heading in ("map", "channels", "MACs", *(["%"] if pruned else []), "params", *(["%"] if pruned else [])):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in layers:
+        table.add_row(escape(row.name), row.map_size, *_cells(row.channels, row.macs, row.params, pruned=pruned))
+    macs = sum(row.macs[0] for row in layers), sum(row.macs[1] for row in layers)
+    params = sum(row.params[0] for row in layers), sum(row.params[1] for row in layers)
+    table.add_section()
+    table.add_row("all layers", "", "", *_cells((0, 0), macs, params, pruned=pruned)[1:], style="bold")
+    return table
+
+
+def groups_table(groups: Sequence[Group]) -> Table:
+    """Free groups: the channels that can go, and how many tensors go with them."""
+    table = Table(header_style="dim", title="Groups that can be pruned", title_justify="left", title_style="bold")
+    table.add_column("group", overflow="fold")
+    for heading in ("channels", "partitions", "tensors", "written by", "read by"):
+        table.add_column(heading, justify="right")
+    for group in groups:
+        roles = [{part.tensor for part in group.slices if part.role == role} for role in ("writes", "reads")]
+        tensors = len({part.tensor for part in group.slices})
+        cells = [group.channels, group.partitions, tensors, *map(len, roles)]
+        table.add_row(escape(group.name), *map(str, cells))
+    return table
+
+
+def locked_table(groups: Sequence[Group]) -> Table:
+    """Locked groups and why; reasons may run over several lines."""
+    table = Table(header_style="dim", title="Locked", title_justify="left", title_style="bold")
+    table.add_column("group", overflow="fold")
+    table.add_column("channels", justify="right")
+    table.add_column("why", overflow="fold")
+    for group in groups:
+        table.add_row(escape(group.name), str(group.channels), escape(group.locked))
+    return table
+
+
+def groups_json(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Groups as JSON values: name, channels, partitions, why locked (or empty), and tensor, axis and role of slices."""
+    return [
+        {
+            "name": group.name,
+            "channels": group.channels,
+            "partitions": group.partitions,
+            "locked": group.locked,
+            "tensors": [{"name": part.tensor, "axis": part.axis, "role": part.role} for part in group.slices],
+        }
+        for group in groups
+    ]
+
+
+def plan_table(plan: Plan) -> Table:
+    """What a plan keeps of every group."""
+    table = Table(header_style="dim", title="Plan", title_justify="left", title_style="bold")
+    table.add_column("group", overflow="fold")
+    for heading in ("channels", "kept", "%"):
+        table.add_column(heading, justify="right")
+    for group in plan.groups:
+        kept = len(plan.keep[group.name])
+        style = "dim" if kept == group.channels else ""
+        table.add_row(escape(group.name), str(group.channels), str(kept), _percent(kept, group.channels), style=style)
+    return table
+
+
+def key_values(values: Mapping[str, str]) -> Table:
+    """Name beside value, without a frame."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    for name, value in values.items():
+        table.add_row(escape(name), escape(value))
+    return table
+
+
+def number(count: int, noun: str) -> str:
+    """``1 group``, ``2 groups``."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def _cells(
+    channels: tuple[int, int], macs: tuple[int, int], params: tuple[int, int], *, pruned: bool
+) -> tuple[str, ...]:
+    if not pruned:
+        return str(channels[1]), f"{macs[1]:,}", f"{params[1]:,}"
+    width = f"{channels[0]} → {channels[1]}" if channels[0] != channels[1] else str(channels[0])
+    return width, f"{macs[1]:,}", _percent(macs[1], macs[0]), f"{params[1]:,}", _percent(params[1], params[0])
+
+
+def _versus(value: int, dense: int, gap: str, *, first: bool) -> str:
+    return f"{value:,}" if first else f"{value:,}{gap}[dim]({change(dense, value)})[/]"
+
+
+def _percent(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.1f}" if whole else "–"
+
+
+__all__ = [
+    "bar",
+    "err",
+    "groups_json",
+    "groups_table",
+    "key_values",
+    "layers_table",
+    "locked_table",
+    "networks_table",
+    "number",
+    "out",
+    "plan_table",
+    "print_error",
+    "say",
+    "short_bytes",
+    "short_count",
+    "working",
+]

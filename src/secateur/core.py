@@ -1,0 +1,130 @@
+"""The nouns that every stage passes to the next: frozen, plain data, no behaviour beyond reading it.
+
+A *channel* is one thing that is kept or removed as a whole. A *group* is a set of channels that live in the same
+tensors; removing channel ``c`` of a group removes ``positions[c]`` along ``axis`` of every tensor it has a slice in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+
+Role = Literal["writes", "reads", "scales", "follows"]
+"""What a tensor does with a channel: ``writes`` it (a filter), ``reads`` it (the next layer's input slice), ``scales``
+it (the weight of a norm, a layer scale), or ``follows`` it (biases, running statistics and all else on that axis)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Slice:
+    """Where the channels of a group lie in one tensor.
+
+    ``positions`` is an int64 array ``[channels, k]``: channel ``c`` owns the ``k`` indices ``positions[c]`` along
+    ``axis`` of the tensor that ``state_dict()`` calls ``tensor`` (tied weights: the first of their names).
+    """
+
+    tensor: str
+    axis: int
+    positions: np.ndarray
+    role: Role
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Slice):
+            return NotImplemented
+        same = (self.tensor, self.axis, self.role) == (other.tensor, other.axis, other.role)
+        return same and np.array_equal(self.positions, other.positions)
+
+    def __hash__(self) -> int:
+        return hash((self.tensor, self.axis, self.role))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Channels that are written, scaled and read by the same tensors.
+
+    ``name`` is the module that writes them first (``layer1.0.conv1``; with ``#2``, ``#3`` ... where one module writes
+    several groups, as in front of a split). ``partitions`` is how many filters of that module one channel stands for
+    (32 in a convolution of 32 groups, 49 in a linear layer behind a flattened 7x7 map, else 1). ``locked`` is empty for
+    a group that can be pruned, else the reason why it cannot.
+    """
+
+    name: str
+    channels: int
+    slices: tuple[Slice, ...]
+    partitions: int = 1
+    locked: str = ""
+
+
+@dataclass(frozen=True)
+class GroupView:
+    """All that a criterion sees of a group. ``C`` channels, float64 or float32 on the CPU, detached.
+
+    ``filters``: ``[C, fan_in]``, the weights that write each channel, all writers side by side. ``readers``:
+    ``[C, fan_out]``, the weights that read it. ``scales``: ``[C, s]``, norm weights and layer scales on it. Any of
+    them may have no columns. ``n_keep`` is how many channels will stay, where that is known beforehand.
+    """
+
+    name: str
+    filters: torch.Tensor
+    readers: torch.Tensor
+    scales: torch.Tensor
+    n_keep: int | None = None
+    seed: int = 0
+
+
+class Criterion(Protocol):
+    """Scores the channels of one group: ``[C]``, higher is kept longer. Only the order inside a group matters to
+    uniform pruning; global allocation normalises."""
+
+    def __call__(self, view: GroupView, /) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the pruned network may cost.
+
+    Exactly one of ``keep`` (fraction of the dense cost) and ``at_most`` (absolute: MACs, parameters, or channels).
+    The result lies within [0.99, 1.00] of it where the groups allow, and never above. Every pruned group keeps at
+    least ``min_channels``; kept widths are multiples of ``round_to`` (the dense width itself is always allowed).
+    """
+
+    keep: float | None = None
+    at_most: float | None = None
+    of: Literal["macs", "params", "channels"] = "macs"
+    min_channels: int = 1
+    round_to: int = 1
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One structural change besides slicing, replayed in order by ``apply`` and ``load``.
+
+    ``kind="attribute"``: on the module ``target`` the integer, or tuple of integers, ``name`` becomes ``value``.
+    ``kind="graph"``: the captured graph with its constants recomputed stands for the user's module (no target).
+    Later kinds (an added bias, a scatter add, a pooled head, a stripe convolution) are reserved.
+    """
+
+    kind: str
+    target: str
+    name: str = ""
+    value: int | tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a network costs and how well it does. ``latency_ms``: median of one batch."""
+
+    params: int
+    macs: int
+    accuracy: float | None = None
+    latency_ms: float | None = None
+    engine: str = ""
+    device: str = "cpu"
+    details: Mapping[str, object] = field(default_factory=dict)
+
+
+Evaluate = Callable[[torch.nn.Module], float]
+"""The user's own measure of quality: a model in eval mode to a number, higher is better."""

@@ -1,0 +1,226 @@
+"""Groups: which channels must go together, found from the labels of a captured graph.
+
+After propagation the joined labels fall into classes; one class is one channel. A factor that still varies along two
+axes (a view that split the channels) is made rectangular by joining. A group is the set of classes that occur equally
+often in exactly the same tensors, activations included: "written together" is not enough, since removing a part of
+such a set could empty one side of a split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from secateur.core import Group, Slice
+from secateur.errors import CannotPrune
+from secateur.graph import Graph, Inputs, shape_of, trace
+from secateur.labels import Classes, Factors, Labels, compress, varying
+from secateur.propagation import Propagation, Shared
+from secateur.rules import RULES
+
+Prefer = Literal["channels", "module"]
+
+
+@dataclass(frozen=True, eq=False)
+class Coupling:
+    """A graph with its groups. ``groups`` can be pruned, ``locked`` cannot and say why.
+
+    ``group_of`` and ``channel_of``: class -> index into ``groups`` (or -1) and channel number in that group.
+    """
+
+    graph: Graph
+    groups: tuple[Group, ...]
+    locked: tuple[Group, ...]
+    passes: tuple[Propagation, ...]
+    parameters: Mapping[str, Factors]
+    classes: Classes
+    group_of: np.ndarray
+    channel_of: np.ndarray
+
+    def class_keep(self, keep: Mapping[str, Any]) -> torch.Tensor:
+        """``[classes]`` bool from kept channel numbers of each group; class 0 (locked) and all others stay."""
+        kept = torch.ones(len(self.group_of), dtype=torch.bool)
+        for index, group in enumerate(self.groups):
+            if group.name in keep:
+                stays = np.zeros(group.channels, bool)
+                stays[list(keep[group.name])] = True
+                members = np.flatnonzero(self.group_of == index)
+                kept[torch.from_numpy(members)] = torch.from_numpy(stays[self.channel_of[members]])
+        return kept
+
+    def masks(self, factors: Factors, rank: int, class_keep: torch.Tensor) -> list[torch.Tensor | None]:
+        """For every axis the bool mask ``[size]`` of positions that stay, or ``None`` if all do."""
+        masks: list[torch.Tensor | None] = [None] * rank
+        for factor in factors:
+            stays = class_keep[self.classes.free[factor]]
+            if bool(stays.all()):
+                continue
+            mask = compress(stays.long()).bool()
+            axes = varying(mask)
+            if len(axes) != 1:
+                raise CannotPrune(f"the kept positions of a tensor of {rank} axes do not form a rectangle")
+            axis, mask = axes[0], mask.reshape(-1)
+            old = masks[axis]
+            masks[axis] = mask if old is None else mask & old
+        return masks
+
+    def node_masks(self, index: int, node: fx.Node, class_keep: torch.Tensor) -> list[torch.Tensor | None]:
+        """``masks`` of a node of pass ``index`` (0 is eval) that holds one tensor."""
+        factors = self.passes[index].factors.get(node, [])
+        shape = shape_of(node)
+        if shape is None or not isinstance(factors, list):
+            return []
+        return self.masks(factors, len(shape), class_keep)
+
+
+def find_groups(model: nn.Module | Graph, example_inputs: Inputs | None = None) -> tuple[Group, ...]:
+    """Every group of coupled channels of ``model``: those that can be pruned, then those that are locked.
+
+    A locked group's ``locked`` says why, with the operation and the line of the user's code.
+    """
+    coupling = couple(trace(model, example_inputs))
+    return coupling.groups + coupling.locked
+
+
+def couple(graph: Graph, prefer: Prefer = "channels") -> Coupling:
+    """Propagate labels through a captured graph and read off its groups; done once for each graph.
+
+    ``prefer="module"`` joins the parts of every even split, so that more networks stay plain modules after surgery
+    (``chunk`` cuts at half the *new* width) at the price of less freedom; ``"channels"`` leaves each channel free.
+    """
+    found = graph.memo.get(prefer)
+    if found is None:
+        found = graph.memo[prefer] = _couple(graph, Shared(Labels(), tie_halves=prefer == "module"))
+    return found
+
+
+def _couple(graph: Graph, shared: Shared) -> Coupling:
+    labels = shared.labels
+    tensors = graph.tensors
+    passes = tuple(Propagation(capture, labels, tensors, shared, RULES) for capture in graph.captures)
+    labels.here = lambda why: why
+    for name, factors in shared.factors.items():
+        if name not in graph.used:
+            note = f" ({graph.train_note})" if graph.train_note else ""
+            for factor in factors:
+                labels.lock(factor, f"no captured pass uses this parameter{note}")
+    classes = _make_rectangular(labels, passes, shared)
+    signature = _signatures(passes, shared, classes)
+    taken: dict[str, int] = {}
+    groups, group_of, channel_of = _collect(shared, classes.free, signature, classes, labels, taken)
+    kernels = torch.from_numpy(np.isin(classes.reason, list(labels.no_channels)))
+    held = torch.where((classes.free == 0) & ~kernels[classes.component], classes.component, 0)
+    locked, _, _ = _collect(shared, held, signature, classes, labels, taken)
+    return Coupling(graph, groups, locked, passes, shared.factors, classes, group_of, channel_of)
+
+
+def _all_factors(passes: tuple[Propagation, ...], shared: Shared) -> Iterator[tuple[object, torch.Tensor]]:
+    """Every factor with the tensor it belongs to, in graph order, parameters last."""
+    for index, propagation in enumerate(passes):
+        for node, result in propagation.factors.items():
+            for part, factors in enumerate(result if isinstance(result, tuple) else (result,)):
+                for factor in factors:
+                    yield (index, node, part), factor
+    for name, factors in shared.factors.items():
+        for axis, factor in enumerate(factors):
+            yield (name, axis), factor
+
+
+def _make_rectangular(labels: Labels, passes: tuple[Propagation, ...], shared: Shared) -> Classes:
+    """Where free classes still vary along several axes of one factor, join over all axes but the last."""
+    classes = labels.solve()
+    for _, factor in list(_all_factors(passes, shared)):
+        if len(varying(factor)) < 2:
+            continue
+        axes = varying(compress(classes.free[factor]))
+        if len(axes) >= 2:
+            for axis in axes[:-1]:
+                factor = labels.join_along(factor, axis)
+            classes = labels.solve()
+    return classes
+
+
+def _signatures(passes: tuple[Propagation, ...], shared: Shared, classes: Classes) -> np.ndarray:
+    """A hash per class of the tensors it occurs in and how often; equal for channels of one group."""
+    total = int(classes.component.max()) + 1
+    signature = np.zeros(total, np.uint64)
+    random = np.random.default_rng(0)
+    tokens: dict[object, np.uint64] = {}
+    for key, factor in _all_factors(passes, shared):
+        token = tokens.setdefault(key, random.integers(1, 2**63, dtype=np.uint64))
+        members, times = np.unique(classes.component[factor].numpy(), return_counts=True)
+        signature[members] += token * times.astype(np.uint64)
+    return signature
+
+
+def _collect(
+    shared: Shared,
+    class_of: torch.Tensor,
+    signature: np.ndarray,
+    classes: Classes,
+    labels: Labels,
+    taken: dict[str, int],
+) -> tuple[tuple[Group, ...], np.ndarray, np.ndarray]:
+    """Groups of the classes that ``class_of`` (label -> class, or 0) selects, in order of their first tensor."""
+    total = len(signature)
+    group_of = np.full(total, -1, np.int64)
+    channel_of = np.full(total, -1, np.int64)
+    roles = shared.roles()
+    number: dict[tuple[int, int], int] = {}
+    sizes: list[int] = []
+    slices: list[list[Slice]] = []
+    reasons: list[int] = []
+    for name, factors in shared.factors.items():
+        for factor in factors:
+            axis = varying(factor)[0]
+            at = class_of[factor.reshape(-1)].numpy()
+            order = [c for c in dict.fromkeys(at.tolist()) if c]
+            for c in order:
+                if group_of[c] < 0:
+                    key = (int(signature[c]), int(classes.reason[c]))
+                    if key not in number:
+                        number[key] = len(sizes)
+                        sizes.append(0)
+                        slices.append([])
+                        reasons.append(int(classes.reason[c]))
+                    group_of[c] = number[key]
+                    channel_of[c] = sizes[number[key]]
+                    sizes[number[key]] += 1
+            role = roles[name, axis]
+            groups_here = np.where(at > 0, group_of[at], -1)
+            for g in dict.fromkeys(groups_here[groups_here >= 0].tolist()):
+                where = np.flatnonzero(groups_here == g)
+                where = where[np.argsort(channel_of[at[where]], kind="stable")]
+                slices[g].append(Slice(name, axis, where.reshape(sizes[g], -1), role))
+    names = _names(slices, taken)
+    groups = []
+    for g, size in enumerate(sizes):
+        writer = _first_writer(slices[g])
+        why = labels.locks[reasons[g]]() if reasons[g] >= 0 else ""
+        groups.append(Group(names[g], size, tuple(slices[g]), writer.positions.shape[1], why))
+    return tuple(groups), group_of, channel_of
+
+
+def _first_writer(slices: list[Slice]) -> Slice:
+    return next((s for s in slices if s.role == "writes"), slices[0])
+
+
+def _names(slices: list[list[Slice]], taken: dict[str, int]) -> list[str]:
+    """The module that writes a group first, ``#2``, ``#3`` ... where that name is taken; ``conv1 input`` for channels
+    that are only read."""
+    names = []
+    for own in slices:
+        writer = _first_writer(own)
+        base, _, leaf = writer.tensor.replace(".parametrizations.weight.original", ".weight").rpartition(".")
+        if not base or not leaf.startswith(("weight", "bias")):
+            base = writer.tensor
+        if writer.role == "reads":
+            base += " input"
+        taken[base] = taken.get(base, 0) + 1
+        names.append(base if taken[base] == 1 else f"{base}#{taken[base]}")
+    return names

@@ -1,0 +1,53 @@
+"""The README's Python and command lines run as they stand."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from secateur.cli import app
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced blocks of one language, in order."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+
+
+def test_python_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    (source,) = blocks("python")
+    assert len([line for line in source.splitlines() if line.strip()]) <= 12
+    names: dict[str, object] = {}
+    exec(compile(source, "README.md", "exec"), names)
+    before, after = (int(text) for text in capsys.readouterr().out.split(" -> "))
+    assert 0.49 * before <= after <= 0.5 * before
+    assert names["again"] is not names["small"]
+    assert (tmp_path / "resnet20-half" / "model.safetensors").is_file()
+
+
+def test_command_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (block,) = blocks("bash")
+    lines = [shlex.split(line) for line in block.splitlines() if line.strip()]
+    assert [line[:2] for line in lines] == [["secateur", verb] for verb in ("plan", "apply", "measure", "export")]
+    for _, *arguments in lines:  # the script itself is tried as a process of its own in test_cli
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, result.output
+    assert (tmp_path / "small.onnx").stat().st_size > 10_000
+
+
+def test_make_targets_named_in_documents_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for document in ("README.md", "CONTRIBUTING.md"):
+        assert set(re.findall(r"^ *make ([a-z-]+)", (ROOT / document).read_text(), re.MULTILINE)) <= targets
+    assert {"install", "test", "test-all", "check", "demo", "bench", "coverage-all"} <= targets
+
+
+def test_constraints_pin_torch_and_everything_else() -> None:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert "torch==2.13.0" in lines
+    assert all(re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][0-9A-Za-z.]*", line) for line in lines)
