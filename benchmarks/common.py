@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 import secateur as sc
-from secateur.graph import flatten
+from secateur.nests import flatten
 from secateur.zoo import names
 
 SEED = 0
@@ -372,10 +372,8 @@ def _version(name: str) -> str:
 
 
 def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 

@@ -166,7 +166,7 @@ def cells(name: str, row: Row) -> list[str]:
     batches = [why for found in (half, random) for why in found["batches"].values() if why]
     backward = [found["backward"] for found in (half, random) if found["backward"]]
     return [
-        short + ("" if row["pure"] else " (attention)"),
+        short + ("" if NETWORKS.get(name, True) else " (attention)"),
         library,
         f"{row['capture_s']:.1f}",
         str(row["groups"]),

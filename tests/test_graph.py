@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import secateur as sc
 from law import call, leaves, relative_error, to_double
 from networks.common import tensor
-from secateur.graph import flatten, shape_of, unflatten
+from secateur.nests import flatten, unflatten
+from secateur.nodes import shape_of
 
 X = tensor(2, 3, 6, 6)
 
@@ -272,3 +273,39 @@ def test_parameters_that_nothing_uses_are_locked() -> None:
     spare = [g for g in sc.find_groups(model, X) if g.name.startswith("spare")]
     assert spare
     assert all("no captured pass uses this parameter" in g.locked for g in spare)
+
+
+class OtherInTraining(Net):
+    """Probabilities in eval mode, logits in train mode; no parameter is used in one mode alone."""
+
+    def forward(self, x: Tensor) -> Any:
+        y = super().forward(x)
+        return y if self.training else y.softmax(1)
+
+
+def test_what_train_mode_computes_otherwise_is_kept_by_the_graph_too() -> None:
+    torch.manual_seed(0)
+    model = OtherInTraining(rolled=True).double().eval()
+    small = sc.apply(model, sc.plan(model, to_double(X), ratios=0.5))
+    assert sc.record(small).tier == "graph"  # type: ignore[union-attr]
+    assert torch.allclose(small(to_double(X)).sum(1), torch.ones(()).double())
+    assert float((small.train()(to_double(X)).detach().sum(1) - 1).abs().max()) > 1e-2
+
+
+class PooledInTraining(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 6, 1), nn.BatchNorm2d(6), nn.Conv2d(6, 2, 1))
+
+    def forward(self, x: Tensor) -> Any:
+        h = torch.sigmoid(self.n(self.a(x)))
+        return (self.b(h), self.pooled(h)) if self.training else self.b(h)
+
+
+@pytest.mark.parametrize("keywords", [False, True])
+def test_one_example_is_enough_for_a_norm_in_train_mode(keywords: bool) -> None:
+    model = PooledInTraining().eval()
+    small: Any = sc.apply(model, sc.plan(model, {"x": X[:1]} if keywords else X[:1], ratios=0.5))
+    assert sc.record(small).tier == "module"  # type: ignore[union-attr]
+    assert small.pooled[1].weight.shape == (3, 4, 1, 1)
+    assert small.train()(X)[1].shape == (2, 2, 1, 1)

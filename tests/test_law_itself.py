@@ -48,7 +48,7 @@ def with_more(_dense: nn.Module, small: nn.Module) -> nn.Module:
     ("tamper", "message"),
     [
         (shifted, "the law is broken"),
-        (frozen, "no gradient reaches .'stem.weight'."),
+        (frozen, r"no gradient reaches .'stem.weight'."),
         (training, "apply changed the mode"),
         (with_more, "tensors appeared or vanished"),
     ],
@@ -78,7 +78,7 @@ def test_a_changed_original_is_noticed(graph: sc.Graph, monkeypatch: pytest.Monk
         return dense
 
     monkeypatch.setattr(sc, "masked", scribbling)
-    with pytest.raises(AssertionError, match="the original's 'stem.bias' was changed"):
+    with pytest.raises(AssertionError, match=r"the original's 'stem\.bias' was changed"):
         assert_law(graph, graph.args)
     graph.model.load_state_dict(kept)
 

@@ -13,7 +13,7 @@ import secateur
 
 PACKAGE = Path(secateur.__file__).parent
 ROWS = [
-    {"errors", "core", "version"},
+    {"errors", "core", "version", "nests", "nodes"},
     {"graph", "labels", "propagation", "rules"},
     {"groups"},
     {"views", "criteria"},
@@ -21,7 +21,7 @@ ROWS = [
     {"costs", "operations", "counting", "budgets", "allocation"},
     {"plans", "plan_checks", "plan_schema"},
     {"masks"},
-    {"rewrites", "attributes", "graph_network", "surgery", "optimisers"},
+    {"rewrites", "attributes", "slicing", "proofs", "graph_network", "surgery", "optimisers"},
     {"recover", "onnx_file"},
     {"measurement"},
     {"artifact"},

@@ -13,8 +13,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from secateur.core import Edit
 from secateur.errors import WrongModel
-from secateur.graph import module_stack, named_args, op_name
 from secateur.groups import Coupling
+from secateur.nodes import module_stack, named_args, op_name
 from secateur.rewrites import Note
 
 

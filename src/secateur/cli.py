@@ -28,8 +28,9 @@ from secateur.cli_models import (
     tensor_bytes,
 )
 from secateur.errors import BadRequest, SecateurError
-from secateur.graph import as_arguments, flatten
+from secateur.graph import as_arguments
 from secateur.measurement import ENGINES, inference_runs, interleaved_latency_ms
+from secateur.nests import flatten
 from secateur.onnx_file import export_onnx
 from secateur.report.content import Row, layer_rows
 

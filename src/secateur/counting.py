@@ -22,7 +22,8 @@ from torch import fx, nn
 
 from secateur import operations as ops
 from secateur.errors import BadRequest, nearest
-from secateur.graph import Graph, Inputs, module_stack, named_args, op_name, shape_of, trace
+from secateur.graph import Graph, Inputs, trace
+from secateur.nodes import module_stack, named_args, op_name, shape_of
 from secateur.operations import Layer, Operation, operations
 
 CONVENTIONS = ("torch", "li", "thinet", "fpgm", "swp")

@@ -1,8 +1,9 @@
 """Capture: a model and example inputs become a flat graph of ATen calls, with the user's names and source lines.
 
-``torch.export`` runs the model once on fake tensors; nothing is computed and nothing of the user's is changed. The
-batch (axis 0 of every input) stays symbolic wherever the model allows it. Parameters that the network does not use in
-eval mode (auxiliary heads) are captured a second time in train mode, so that they are pruned along with the rest.
+``torch.export`` runs the model once on fake tensors; nothing is computed and nothing of the user's is changed. Two
+examples are enough to decide with; what has to run on any number of them is captured again with a symbolic batch.
+Networks with parameters that only train mode uses (auxiliary heads) are captured in train mode as well, so that those
+are pruned along with the rest.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import io
 import logging
 import operator
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
@@ -24,6 +25,7 @@ import torch
 from torch import fx, nn
 
 from secateur.errors import CannotCapture
+from secateur.nests import InputOrder, flatten, unflatten
 
 Inputs = torch.Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -33,8 +35,9 @@ class Capture:
     """One pass through the model: ``get_attr``, ``placeholder``, ``call_function`` and ``output`` nodes in ``graph``.
 
     ``names``: ``get_attr`` target -> canonical ``state_dict`` name; targets that are not there are ``constants``.
-    ``skeleton``: what the user's forward returns, with the places of its tensors marked (see ``unflatten``); ``free``:
-    for every input tensor whether its axis 0 may have any size.
+    ``skeleton``: what the user's forward returns, with the places of its tensors marked (see ``unflatten``).
+    ``batched``: for every input tensor whether its axis 0 counts examples (two in the capture); ``free``: whether their
+    number is symbolic, so that the graph runs on any.
     """
 
     mode: str
@@ -42,33 +45,8 @@ class Capture:
     names: Mapping[str, str]
     constants: Mapping[str, torch.Tensor]
     skeleton: Any
-    free: tuple[bool, ...]
-
-
-@dataclass(frozen=True)
-class InputOrder:
-    """How the tensors of a call stand in the captured graph: ``names`` of the arguments that were given, in order, and
-    the ``skeleton`` of their values."""
-
-    names: tuple[str, ...]
-    skeleton: Any
-
-    def flat(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
-        """The tensors of a call in captured order; ``TypeError`` for a call that was not captured like this."""
-        given = dict(zip(self.names, args, strict=False))
-        wrong = [n for n in kwargs if n in given or n not in self.names]
-        given |= kwargs
-        if wrong or len(args) > len(self.names) or len(given) < len(self.names):
-            raise TypeError(
-                f"this network was captured with the arguments ({', '.join(self.names)}), and takes just these; "
-                f"got {len(args)} positional ones and {sorted(kwargs)}"
-            )
-        tensors, skeleton = flatten([given[n] for n in self.names])
-        if skeleton != self.skeleton:
-            raise TypeError(
-                "this network was captured with other values or containers in its arguments; trace it again"
-            )
-        return tensors
+    batched: tuple[bool, ...]
+    free: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,31 +93,40 @@ def trace(model: nn.Module | Graph, example_inputs: Inputs | None = None) -> Gra
     dense = unwrap(model)
     _check_weights_exist(dense)
     args, kwargs = as_arguments(example_inputs)
-    here = to_plain_cpu(dense)
-    kwargs_cpu = {k: plain(v) for k, v in kwargs.items()}
-    args_cpu = tuple(plain(a) for a in args)
-    order = InputOrder(*_names_and_skeleton(dense, args, kwargs))
-    graph = Graph(dense, args, kwargs, (_capture(here, args_cpu, kwargs_cpu, "eval"),), inputs=order)
-    if all(name in graph.used for name, _ in here.named_parameters()):
-        return graph
-    return with_train_pass(graph)
+    graph = Graph(dense, args, kwargs, (), inputs=InputOrder(*_names_and_skeleton(dense, args, kwargs)))
+    graph = dataclasses.replace(graph, captures=(_capture(*_plain_call(graph), "eval"),))
+    everything = all(name in graph.used for name, _ in dense.named_parameters())
+    return graph if everything else with_train_pass(graph)
 
 
 def with_train_pass(graph: Graph) -> Graph:
     """The graph with its train pass captured too; where that fails, ``train_note`` says why. Done once."""
     if len(graph.captures) > 1 or graph.train_note:
         return graph
-    found = graph.memo.get("with train pass")
-    if found is None:
-        model = to_plain_cpu(graph.model)
-        args, kwargs = tuple(plain(a) for a in graph.args), {k: plain(v) for k, v in graph.kwargs.items()}
+    if "with train pass" not in graph.memo:
         try:
-            captures = (*graph.captures, _capture(model, args, kwargs, "train"))
-            found = dataclasses.replace(graph, captures=captures, memo={})
+            captures = (*graph.captures, _capture(*_plain_call(graph), "train", graph.captures[0].free))
+            graph.memo["with train pass"] = dataclasses.replace(graph, captures=captures, memo={})
         except CannotCapture as error:
-            found = dataclasses.replace(graph, train_note=str(error).splitlines()[0], memo={})
-        graph.memo["with train pass"] = found
-    return cast(Graph, found)
+            note = str(error).splitlines()[0]
+            graph.memo["with train pass"] = dataclasses.replace(graph, train_note=note, memo={})
+    return cast(Graph, graph.memo["with train pass"])
+
+
+def with_free_batch(graph: Graph) -> Graph:
+    """The graph captured so that it runs on any number of examples, where the model allows it (see ``Capture.free``):
+    what ``masked`` and the graph networks need, and deciding does not. Done once."""
+    if graph.captures[0].free:
+        return graph
+    if "free" not in graph.memo:
+        captures = tuple(_capture(*_plain_call(graph), c.mode, free=True) for c in graph.captures)
+        graph.memo["free"] = dataclasses.replace(graph, captures=captures, memo={})
+    return cast(Graph, graph.memo["free"])
+
+
+def _plain_call(graph: Graph) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    args, kwargs = tuple(plain(a) for a in graph.args), {k: plain(v) for k, v in graph.kwargs.items()}
+    return to_plain_cpu(graph.model), args, kwargs
 
 
 def _names_and_skeleton(
@@ -215,16 +202,23 @@ def to_plain_cpu(model: nn.Module) -> nn.Module:
 
 
 def plain(value: Any) -> Any:
+    """``value`` as float32, float64 or integers on the CPU, if it is a tensor."""
     if not isinstance(value, torch.Tensor):
         return value
+    if value.is_meta:
+        raise CannotCapture(
+            f"an example input {tuple(value.shape)} is on the meta device and has no values\n  do: pass a real tensor"
+        )
     value = value.detach().cpu()
     return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
 
 @contextlib.contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """``model`` in train or eval mode for the block's length; every submodule's own flag is put back."""
+    """``model`` in train or eval mode for the block's length; every submodule's own flag, and every
+    counter, is put back."""
     flags = {m: m.training for m in model.modules()}
+    counters = {b: b.clone() for b in model.buffers() if not b.is_floating_point() and b.numel() == 1}
     try:
         for m in flags:
             m.training = training
@@ -232,6 +226,8 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for m, flag in flags.items():
             m.training = flag
+        for counter, value in counters.items():  # capture really counts up num_batches_tracked
+            counter.copy_(value)
 
 
 class _Flat(nn.Module):
@@ -251,18 +247,20 @@ class _Flat(nn.Module):
         return tuple(out)
 
 
-def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], mode: str) -> Capture:
+def _capture(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], mode: str, free: bool = False
+) -> Capture:
     tensors, _ = flatten((args, dict(kwargs)))
     if not tensors:
         raise CannotCapture("the example inputs hold no tensor\n  do: pass at least one tensor")
-    if any(t.is_meta or t.numel() == 0 for t in tensors):
+    if any(t.numel() == 0 for t in tensors):
         shapes = ", ".join(str(tuple(t.shape)) for t in tensors)
         raise CannotCapture(
-            f"the example inputs ({shapes}) are empty or on the meta device, so nothing can be checked on them\n"
-            "  do: pass real tensors of at least one example"
+            f"the example inputs ({shapes}) are empty, so nothing can be checked on them\n"
+            "  do: pass tensors of at least one example"
         )
     flat = _Flat(model, args, kwargs)
-    program, free = _export(flat, tensors, mode)
+    program, batched, symbolic = _export(flat, tensors, mode, free)
     module = program.module(check_guards=False)
     prefix = "model."
     names: dict[str, str] = {}
@@ -281,26 +279,29 @@ def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any],
         elif node.op == "call_function" and "_assert_tensor_metadata" in str(node.target):
             graph.erase_node(node)  # it pins float32, and we check in float64
     graph.set_codegen(fx.graph.CodeGen())
-    return Capture(mode, graph, names, constants, flat.found()[-1], free)
+    return Capture(mode, graph, names, constants, flat.found()[-1], batched, symbolic)
 
 
-def _export(flat: _Flat, tensors: list[torch.Tensor], mode: str) -> tuple[Any, tuple[bool, ...]]:
-    """Try with every input's axis 0 free, then only those as long as the first one's, then nothing free."""
-    free = torch.export.Dim.DYNAMIC
-    batch = tensors[0].shape[0] if tensors[0].dim() else 0
-    attempts = [
-        [t.dim() > 0 and t.shape[0] > 0 for t in tensors],
-        [t.dim() > 0 and t.shape[0] == batch > 0 for t in tensors],
-    ]
+def _export(flat: _Flat, tensors: list[torch.Tensor], mode: str, free: bool) -> tuple[Any, tuple[bool, ...], bool]:
+    """Try with axis 0 of every input as the batch, then only of those as long as the first one's (or all but one of
+    them), then of none.
+
+    Batched inputs are captured with two examples. ``free`` leaves the number of examples symbolic, which takes about
+    twice as long, and falls back to the inputs as they are.
+    """
+    first = tensors[0].shape[0] if tensors[0].dim() else 0
+    likely = [t.dim() > 0 and t.shape[0] == first for t in tensors]
+    but_one = [[m and i != j for i, m in enumerate(likely)] for j in range(1, len(tensors)) if likely[j]]
+    attempts = [[t.dim() > 0 for t in tensors], likely, *but_one, [False] * len(tensors)]
     errors: list[Exception] = []
     with in_mode(flat.model, mode == "train"), _quiet(), torch.no_grad():
-        for marks in [*attempts, [False] * len(tensors)]:
-            doubled = [torch.cat([t, t]) if m and t.shape[0] == 1 else t for t, m in zip(tensors, marks, strict=True)]
-            shapes = (tuple({0: free} if m else None for m in marks),) if any(marks) else None
-            if mode == "train" and not any(marks):
-                doubled = [torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t for t in tensors]
+        for marks in attempts:
+            two = [torch.cat([t[:1], t[:1]]) if m else t.clone() for t, m in zip(tensors, marks, strict=True)]
+            symbolic = free and any(marks)
+            shapes = (tuple({0: torch.export.Dim.DYNAMIC} if m else None for m in marks),) if symbolic else None
             try:
-                return torch.export.export(flat, tuple(doubled), strict=False, dynamic_shapes=shapes), tuple(marks)
+                program = torch.export.export(flat, tuple(two), strict=False, dynamic_shapes=shapes)
+                return program, tuple(marks), symbolic
             except Exception as error:  # the exporter raises dozens of types; the last one is reported below
                 errors.append(error)
     raise _explain(flat, tensors, mode, errors[-1])
@@ -355,106 +356,6 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-@dataclass(frozen=True)
-class _Leaf:
-    index: int
-
-
-def flatten(value: Any) -> tuple[list[torch.Tensor], Any]:
-    """The tensors in a nest of tuples, lists, dicts and dataclasses, and the nest with their places marked."""
-    tensors: list[torch.Tensor] = []
-
-    def mark(v: Any) -> Any:
-        if isinstance(v, torch.Tensor):
-            tensors.append(v)
-            return _Leaf(len(tensors) - 1)
-        return _map_container(mark, v)
-
-    skeleton = mark(value)
-    return tensors, skeleton
-
-
-def unflatten(skeleton: Any, tensors: Sequence[torch.Tensor]) -> Any:
-    """The inverse of ``flatten``."""
-
-    def fill(v: Any) -> Any:
-        return tensors[v.index] if isinstance(v, _Leaf) else _map_container(fill, v)
-
-    return fill(skeleton)
-
-
-def _map_container(function: Callable[[Any], Any], value: Any) -> Any:
-    if isinstance(value, tuple):
-        items = [function(v) for v in value]
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-    if isinstance(value, list):
-        return [function(v) for v in value]
-    if isinstance(value, Mapping):
-        new = copy.copy(value)
-        for k in value:
-            new[k] = function(value[k])  # type: ignore[index]
-        return new
-    if dataclasses.is_dataclass(value) and not isinstance(value, (type, _Leaf)):
-        twin = copy.copy(value)
-        for f in dataclasses.fields(value):
-            object.__setattr__(twin, f.name, function(getattr(value, f.name)))
-        return twin
-    return value
-
-
-# ---------------------------------------------------------------------------------------------- reading a node
-
-
 def is_tensor_node(node: fx.Node, capture: Capture) -> bool:
     """Whether ``node`` fetches a parameter or buffer of the model."""
     return node.op == "get_attr" and str(node.target) in capture.names
-
-
-def op_name(node: fx.Node) -> str:
-    """``conv2d``, ``add``, ``getitem`` ...: the ATen name without namespace, overload and in-place mark."""
-    if node.target is operator.getitem:
-        return "getitem"
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        return getattr(node.target, "__name__", str(node.target))
-    name = str(schema.name).split("::")[-1]
-    return name[:-1] if name.endswith("_") and not name.startswith("__") else name
-
-
-def named_args(node: fx.Node) -> dict[str, Any]:
-    """Every argument of an ATen call by its name in the schema, defaults filled in."""
-    found: dict[str, Any] = {}
-    for i, a in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
-        if i < len(node.args):
-            found[a.name] = node.args[i]
-        else:
-            found[a.name] = node.kwargs.get(a.name, a.default_value if a.has_default_value() else None)
-    return found
-
-
-def as_int(size: Any) -> int:
-    """A size of the captured example, symbolic or not."""
-    return size if isinstance(size, int) else int(size.node.hint)
-
-
-def shape_of(node: fx.Node) -> tuple[int, ...] | None:
-    """The shape that a node's tensor had in the capture; ``None`` if it is no single tensor."""
-    value = node.meta.get("val")
-    return tuple(as_int(k) for k in value.shape) if isinstance(value, torch.Tensor) else None
-
-
-def source_line(node: fx.Node) -> str:
-    """``net.py:84: x = x.softmax(1)``: the innermost line of the user's own code (not torch's) behind a node."""
-    lines = str(node.meta.get("stack_trace") or "").splitlines()
-    frames = [(lines[i], lines[i + 1].strip()) for i in range(len(lines) - 1) if lines[i].lstrip().startswith("File ")]
-    for head, code in reversed(frames):
-        file, _, rest = head.strip().removeprefix('File "').partition('", line ')
-        if "/torch/" not in file and "/secateur/graph.py" not in file:
-            return f"{file.rsplit('/', 1)[-1]}:{rest.split(',')[0]}: {code}"
-    return "unknown source"
-
-
-def module_stack(node: fx.Node) -> list[tuple[str, str]]:
-    """The modules a node was called in, outermost first: ``(path, class name)``."""
-    stack = node.meta.get("nn_module_stack") or {}
-    return [(path.removeprefix("model").removeprefix("."), str(kind)) for path, kind in stack.values()]

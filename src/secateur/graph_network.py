@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from secateur.graph import InputOrder, canonical_names, module_stack, op_name, unflatten
+from secateur.graph import canonical_names
 from secateur.masks import register
+from secateur.nests import InputOrder, unflatten
+from secateur.nodes import module_stack, op_name
 from secateur.rewrites import Rewritten
 
 _MODE_FLAGS = {
@@ -38,12 +40,9 @@ class GraphNetwork(nn.Module):
     def __init__(self, program: Program, tensors: Mapping[str, torch.Tensor], transient: Container[str]) -> None:
         super().__init__()
         self.__dict__["_secateur_program"] = program  # no plain attribute: the user's modules may bear any name
-        for path in program.switches:
-            holder: nn.Module = self
-            for part in path.split(".") if path else []:
-                if part not in holder._modules:
-                    holder.add_module(part, nn.Module())
-                holder = holder.get_submodule(part)
+        for path in program.modules:
+            above, _, name = path.rpartition(".")
+            self.get_submodule(above).add_module(name, nn.Module())
         register(self, tensors, transient)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -56,12 +55,13 @@ class GraphNetwork(nn.Module):
 @dataclass(frozen=True)
 class Program:
     """What a ``GraphNetwork`` runs: a source and the form of its outputs for each mode, the order of its inputs, and
-    the paths of the submodules whose mode switches batch norm and dropout."""
+    the paths of its submodules, parents first, in the dense network's order: they hold tensors, and the mode of batch
+    norm and dropout."""
 
     sources: Mapping[str, str]
     skeletons: Mapping[str, Any]
     inputs: InputOrder
-    switches: tuple[str, ...]
+    modules: tuple[str, ...]
 
 
 def sources(network: GraphNetwork) -> Mapping[str, str]:
@@ -119,7 +119,11 @@ def build(
         tables |= found
         switches |= paths
     skeletons = {mode: passes.get(mode, passes["eval"]).skeleton for mode in ("eval", "train")}
-    program = Program(texts, skeletons, inputs, tuple(sorted(switches)))
+    needed = switches | {name.rpartition(".")[0] for name in tensors}
+    modules = [
+        path for path, _ in dense.named_modules() if path and any(f"{n}.".startswith(f"{path}.") for n in needed)
+    ]
+    program = Program(texts, skeletons, inputs, tuple(modules))
     device = next((t.device for t in tensors.values()), torch.device("cpu"))
     own = {name: table.to(device) for name, table in tables.items()}
     every_name = {name: tensors[first] for name, first in canonical_names(dense).items() if first in tensors}
@@ -166,8 +170,13 @@ def _finished(one: Pass, dense: nn.Module, *, prefix: str) -> tuple[str, dict[st
 
 def _switched(graph: fx.Graph, node: fx.Node, dense: nn.Module) -> str | None:
     """Let the mode of the submodule that a batch norm or dropout came from decide; its path, if it was switched."""
-    flag = _MODE_FLAGS.get(op_name(node)) if node.op == "call_function" else None
-    if flag is None or (op_name(node) == "batch_norm" and node.args[3] is None):
+    if node.op != "call_function":
+        return None
+    if op_name(node) == "add" and str(node.args[0]).endswith("num_batches_tracked"):
+        flag = "other"  # counted only while that batch norm trains
+    else:
+        flag = _MODE_FLAGS.get(op_name(node), "")
+    if not flag or (op_name(node) == "batch_norm" and node.args[3] is None):
         return None
     stack = module_stack(node)
     path = stack[-1][0] if stack else ""

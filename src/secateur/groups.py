@@ -18,8 +18,9 @@ from torch import fx, nn
 
 from secateur.core import Group, Slice
 from secateur.errors import CannotPrune
-from secateur.graph import Graph, Inputs, shape_of, trace
+from secateur.graph import Graph, Inputs, trace
 from secateur.labels import Classes, Factors, Labels, compress, varying
+from secateur.nodes import shape_of
 from secateur.propagation import Propagation, Shared
 from secateur.rules import RULES
 

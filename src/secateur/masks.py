@@ -14,10 +14,13 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 
+from secateur.core import Group
 from secateur.errors import BadPlan, WrongModel
-from secateur.graph import Graph, named_args, op_name, shape_of, trace, unflatten
+from secateur.graph import Graph, trace, with_free_batch
 from secateur.graph import unwrap as unwrap_model
 from secateur.groups import Coupling, couple
+from secateur.nests import unflatten
+from secateur.nodes import named_args, op_name, shape_of
 from secateur.plans import Plan, check_model
 
 Mask = torch.Tensor | None
@@ -30,8 +33,22 @@ def masked(model: nn.Module | Graph, plan: Plan) -> nn.Module:
     Same inputs and outputs as ``model``; its parameters are copies, nothing of the user's is shared or changed.
     Raises ``WrongModel`` if the plan belongs to another network, ``BadPlan`` if it asks for what this release reserves.
     """
-    coupling = coupling_for(model, plan)
-    return Masked(coupling, plan)
+    return Masked(freed(coupling_for(model, plan)), plan)
+
+
+def freed(coupling: Coupling) -> Coupling:
+    """The same groups on a capture that runs on any number of examples, if the model allows it."""
+    graph = with_free_batch(coupling.graph)
+    return same_groups(graph, coupling.groups) or coupling
+
+
+def same_groups(graph: Graph, groups: tuple[Group, ...]) -> Coupling | None:
+    """The coupling of ``graph`` that has just these groups."""
+    for prefer in ("channels", "module"):
+        coupling = couple(graph, prefer)
+        if coupling.groups is groups or coupling.groups == groups:
+            return coupling
+    return None
 
 
 def coupling_for(model: nn.Module | Graph, plan: Plan) -> Coupling:
@@ -44,12 +61,10 @@ def coupling_for(model: nn.Module | Graph, plan: Plan) -> Coupling:
     elif plan.graph is not None and plan.graph.model is dense:
         graph = plan.graph
     else:
-        graph = trace(dense, example_from(plan))
-    for prefer in ("channels", "module"):
-        coupling = couple(graph, prefer)
-        if coupling.groups is plan.groups or coupling.groups == plan.groups:
-            break
-    else:
+        floats = [p.dtype for p in dense.parameters() if p.is_floating_point()]
+        graph = trace(dense, example_from(plan, floats[0] if floats else torch.float32))
+    coupling = same_groups(graph, plan.groups)
+    if coupling is None:
         coupling = couple(graph)
         mine, theirs = {g.name: g for g in coupling.groups}, {g.name: g for g in plan.groups}
         odd = next(n for n in [*theirs, *mine] if mine.get(n) != theirs.get(n))
@@ -77,18 +92,18 @@ def _refuse_reserved(plan: Plan) -> None:
         )
 
 
-def example_from(plan: Plan) -> Any:
-    """Random inputs of the shapes and dtypes that the plan was made with."""
+def example_from(plan: Plan, dtype: torch.dtype = torch.float32) -> Any:
+    """Random inputs of the shapes that the plan was made with; floats of the model's ``dtype``."""
     generator = torch.Generator().manual_seed(0)
 
     def make(spec: Any) -> Any:
         if isinstance(spec, list):
             return tuple(make(s) for s in spec)
         if isinstance(spec, Mapping) and set(spec) == {"shape", "dtype"}:
-            dtype = getattr(torch, spec["dtype"])
-            if dtype.is_floating_point:
+            kind = getattr(torch, spec["dtype"])
+            if kind.is_floating_point:
                 return torch.randn(spec["shape"], generator=generator).to(dtype)
-            return torch.zeros(spec["shape"], dtype=dtype)
+            return torch.zeros(spec["shape"], dtype=kind)
         if isinstance(spec, Mapping) and set(spec) == {"value"}:
             return spec["value"]
         return {key: make(s) for key, s in spec.items()}

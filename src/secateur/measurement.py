@@ -24,7 +24,8 @@ from torch import nn
 from secateur.core import Measurement
 from secateur.counting import count
 from secateur.errors import BadRequest, MissingExtra, nearest
-from secateur.graph import Graph, Inputs, as_arguments, flatten, in_mode
+from secateur.graph import Graph, Inputs, as_arguments, in_mode
+from secateur.nests import flatten
 from secateur.onnx_file import export_onnx
 
 Engine = Literal["torch", "onnxruntime"]

@@ -24,7 +24,8 @@ import torch
 from torch import nn
 
 from secateur.errors import BadArtifact, BadRequest, CannotCapture, MissingExtra
-from secateur.graph import Inputs, all_tensors, as_arguments, flatten, in_mode, plain, to_plain_cpu, unflatten, unwrap
+from secateur.graph import Inputs, all_tensors, as_arguments, in_mode, plain, to_plain_cpu, unwrap
+from secateur.nests import flatten, unflatten
 
 BATCHES = (1, 3)
 LARGEST = 2**31 - 2**24

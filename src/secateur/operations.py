@@ -15,9 +15,10 @@ import numpy as np
 from torch import fx
 
 from secateur.costs import Cost, Dim, make_cost
-from secateur.graph import Graph, as_int, is_tensor_node, module_stack, named_args, op_name, shape_of
+from secateur.graph import Graph, is_tensor_node
 from secateur.groups import Coupling
 from secateur.labels import Factors, compress, varying
+from secateur.nodes import as_int, module_stack, named_args, op_name, shape_of
 
 Kind = Literal["conv", "linear", "matmul"]
 
@@ -43,9 +44,9 @@ def operations(graph: Graph) -> list[Operation]:
     """Every convolution, linear layer and matrix product of the eval pass, in graph order."""
     capture = graph.captures[0]
     batch = 1
-    if any(capture.free):
+    if any(capture.batched):
         places = [n for n in capture.graph.nodes if n.op == "placeholder"]
-        batch = (shape_of(places[capture.free.index(True)]) or (1,))[0]
+        batch = (shape_of(places[capture.batched.index(True)]) or (1,))[0]
     found = []
     for node in capture.graph.nodes:
         reader = _READERS.get(op_name(node)) if node.op == "call_function" else None

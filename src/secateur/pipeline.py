@@ -44,14 +44,7 @@ def plan(
 
     Raises ``CannotCapture``, ``BadRequest``, ``Unreachable`` or ``CannotPrune``, each with what to do about it.
     """
-    if budget is None and ratios is None:
-        raise BadRequest("say how much to prune: budget=sc.Budget(keep=0.5) or ratios=0.5")
-    if data is not None:
-        raise BadRequest("data is for criteria that look at activations; this release has none that do")
-    if residual != "coupled":
-        raise BadRequest(
-            f"residual={residual!r} is reserved; this release prunes residual streams together, residual='coupled'"
-        )
+    _check_request(budget, ratios, data, residual)
     graph = trace(model, example_inputs)
     coupling = couple(graph, prefer)
     scores = score(coupling.groups, graph.tensors, criterion, seed=seed)
@@ -84,6 +77,19 @@ def plan(
         made_by=_made_by(criterion, options),
         graph=graph,
     )
+
+
+def _check_request(budget: object, ratios: object, data: object, residual: str) -> None:
+    if budget is None and ratios is None:
+        raise BadRequest("say how much to prune: budget=sc.Budget(keep=0.5) or ratios=0.5")
+    if budget is not None and not isinstance(budget, Budget):
+        raise BadRequest(f"a budget is a Budget, not {budget!r}: say sc.Budget(keep=0.5, of='macs')")
+    if data is not None:
+        raise BadRequest("data is for criteria that look at activations; this release has none that do")
+    if residual != "coupled":
+        raise BadRequest(
+            f"residual={residual!r} is reserved; this release prunes residual streams together, residual='coupled'"
+        )
 
 
 def _made_by(criterion: str | Criterion, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,9 +16,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from secateur.errors import CannotPrune
-from secateur.graph import flatten, in_mode, plain, unflatten
+from secateur.graph import in_mode, plain
 from secateur.groups import Coupling
 from secateur.masks import run_masked
+from secateur.nests import flatten, unflatten
 from secateur.slicing import State
 
 Outputs = tuple[torch.Tensor, ...]
@@ -38,15 +39,16 @@ class Proof:
 
     @property
     def coarse(self) -> bool:
-        """Whether no output is a floating tensor, so that a small mistake may not show."""
-        return not any(t.is_floating_point() for t in self.wanted)
+        """Whether all outputs are whole numbers (a class, a yes or no), so that a small mistake may not show."""
+        return all(not t.is_floating_point() or bool((t == t.round()).all()) for t in self.wanted)
 
 
-def prove(coupling: Coupling, class_keep: torch.Tensor) -> Proof:
-    """Run the masked network on telling weights and inputs. Raises ``CannotPrune`` if there are none."""
+def prove(coupling: Coupling, class_keep: torch.Tensor, *, copies: int = 1) -> Proof:
+    """Run the masked network on telling weights and inputs, ``copies`` random ones (more than one needs a capture with
+    a free batch). Raises ``CannotPrune`` if there are none."""
     tensors = coupling.graph.tensors
     why = ""
-    for inputs in (_rich_inputs(coupling), _example(coupling)):
+    for inputs in (_rich_inputs(coupling, copies), _example(coupling)):
         for state in (perturbed(tensors), doubles(tensors)):
             with torch.no_grad():
                 wanted = run_masked(coupling, class_keep, state, inputs)
@@ -123,31 +125,30 @@ def casts(coupling: Coupling) -> bool:
 
 
 def _double(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.double() if tensor.is_floating_point() else tensor
+    return tensor.double() if tensor.is_floating_point() else tensor.clone()
 
 
 def _example(coupling: Coupling) -> list[torch.Tensor]:
+    """The user's example as the capture has it: two examples of what is batched."""
     graph = coupling.graph
-    return [_double(plain(t)) for t in flatten((graph.args, dict(graph.kwargs)))[0]]
+    tensors = [_double(plain(t)) for t in flatten((graph.args, dict(graph.kwargs)))[0]]
+    marks = graph.captures[0].batched
+    return [torch.cat([t[:1], t[-1:]]) if m else t for t, m in zip(tensors, marks, strict=True)]
 
 
-def _rich_inputs(coupling: Coupling) -> list[torch.Tensor]:
-    """The example and random numbers of its size behind it (many, if the outputs are coarse); where the batch is fixed,
-    random numbers instead of a constant example."""
-    capture = coupling.graph.captures[0]
-    outputs = [n.meta.get("val") for n in next(n for n in capture.graph.nodes if n.op == "output").all_input_nodes]
-    coarse = not any(isinstance(v, torch.Tensor) and v.is_floating_point() for v in outputs)
+def _rich_inputs(coupling: Coupling, copies: int) -> list[torch.Tensor]:
+    """One example of the user's and ``copies`` random ones of its size behind it; where there is no batch, random
+    numbers instead of a constant example."""
     generator = torch.Generator().manual_seed(0)
     found = []
-    for tensor, free in zip(_example(coupling), capture.free, strict=True):
-        copies = 32 if coarse else 1
+    for tensor, batched in zip(_example(coupling), coupling.graph.captures[0].batched, strict=True):
         if tensor.is_floating_point():
             size = float(tensor.std()) if tensor.numel() > 1 else 0.0
-            shape = (copies * tensor.shape[0], *tensor.shape[1:]) if free else tensor.shape
+            shape = (copies, *tensor.shape[1:]) if batched else tensor.shape
             noise = torch.randn(shape, generator=generator, dtype=torch.float64) * (size or 1.0)
-            tensor = torch.cat([tensor, noise]) if free else (tensor if size else noise)
-        elif free:
-            tensor = torch.cat([tensor] * (copies + 1))
+            tensor = torch.cat([tensor[:1], noise]) if batched else (tensor if size else noise)
+        elif batched:
+            tensor = torch.cat([tensor[:1]] + [tensor[1:]] * copies)
         found.append(tensor)
     return found
 

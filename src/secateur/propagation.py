@@ -13,8 +13,9 @@ import torch
 from torch import fx
 
 from secateur.core import Role
-from secateur.graph import Capture, as_int, is_tensor_node, module_stack, named_args, op_name, shape_of, source_line
+from secateur.graph import Capture, is_tensor_node
 from secateur.labels import Factor, Factors, Labels, Shape, compress, on_axis, varying, widen
+from secateur.nodes import as_int, module_stack, named_args, op_name, shape_of, source_line
 
 Result = Factors | tuple[Factors, ...]
 """What a rule returns: the factors of one tensor, or of each of several."""
@@ -50,7 +51,7 @@ class Propagation:
             name = self.capture.names.get(str(node.target))
             value = tensors[name] if name else self.capture.constants.get(str(node.target))
             if isinstance(value, torch.Tensor) and not value.is_floating_point():
-                self.constants[node] = value.detach().cpu()
+                self.constants[node] = value.detach().cpu().clone()  # folding may write into it
             elif is_tensor_node(node, self.capture) and name and value is not None:
                 self.factors[node] = self.shared.parameter(name, value.shape)
                 self.weights_only.add(node)

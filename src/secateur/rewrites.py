@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from secateur.graph import Capture, as_int, module_stack, named_args, op_name, shape_of
+from secateur.graph import Capture
 from secateur.groups import Coupling
 from secateur.labels import Factors
+from secateur.nodes import as_int, module_stack, named_args, op_name, shape_of
 
 A = torch.ops.aten
 _DERIVED = frozenset(
@@ -126,6 +127,7 @@ class Site:
     def _mark(self, differs: bool) -> None:
         stack = module_stack(self.old)
         by_torch = bool(stack) and stack[-1][1].startswith("torch.nn.modules.") and op_name(self.old) in _DERIVED
+        by_torch = by_torch and self.args.get("weight") is not None
         self.result.changed |= differs and not by_torch
 
     def note(self, old: Any, new: Any) -> None:

@@ -8,6 +8,7 @@ training happened to give a layer, so only the distribution inside a group carri
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -38,6 +39,8 @@ def score(
     for group in groups:
         kept = None if n_keep is None else n_keep.get(group.name)
         seen = view(group, tensors, n_keep=kept, seed=seed, fields=fields)
+        if fields is FIELDS:  # what is not ours might write into the user's own weights
+            seen = replace(seen, filters=seen.filters.clone(), readers=seen.readers.clone(), scales=seen.scales.clone())
         scores[group.name] = _checked(_call(function, seen, label), group, label)
     return scores
 

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from secateur.attributes import correct_modules
-from secateur.graph import all_tensors, canonical_names, op_name
+from secateur.graph import all_tensors, canonical_names
 from secateur.groups import Coupling
+from secateur.nodes import op_name
 
 RECORD = "_secateur_record"
 Kept = Mapping[str, Mapping[int, np.ndarray]]

@@ -18,9 +18,9 @@ from secateur import graph_network
 from secateur.attributes import attribute_edits, bare_norm_edits, set_attributes
 from secateur.core import Edit
 from secateur.errors import LawBroken, SecateurWarning
-from secateur.graph import Graph, unwrap, with_train_pass
-from secateur.groups import Coupling, couple
-from secateur.masks import coupling_for, run_masked
+from secateur.graph import Graph, unwrap, with_free_batch, with_train_pass
+from secateur.groups import Coupling
+from secateur.masks import coupling_for, freed, run_masked, same_groups
 from secateur.plans import Plan, check_model, compose
 from secateur.proofs import Proof, casts, difference, prove
 from secateur.rewrites import Rewritten, rewrite
@@ -111,6 +111,9 @@ def _choose(coupling: Coupling, plan: Plan, check: bool) -> tuple[Way, float | N
     if not check and not changed:
         return Way("module", bare, coupling), None
     proof = prove(coupling, keep)
+    if proof.coarse:
+        loose = freed(coupling)
+        proof = prove(loose, loose.class_keep(plan.keep), copies=32) if loose.graph.captures[0].free else proof
     tried: list[str] = []
     for way in _ways(coupling, plan, rewritten, bare):
         if proof.coarse and changed and way.tier != "graph":
@@ -119,7 +122,8 @@ def _choose(coupling: Coupling, plan: Plan, check: bool) -> tuple[Way, float | N
         try:
             if way.tier == "graph":
                 way = _graph_way(coupling, plan)
-                proof = prove(way.coupling, keep) if way.coupling is not coupling else proof
+                copies = 32 if proof.coarse and way.coupling.graph.captures[0].free else 1
+                proof = prove(way.coupling, way.coupling.class_keep(plan.keep), copies=copies)
                 _check_capture(proof, coupling.graph.model)
             gap = difference(proof, build(way, plan, coupling.graph.model, proof.state))
         except Exception as error:  # a forward that no longer fits: the next way may
@@ -159,14 +163,12 @@ def _ways(coupling: Coupling, plan: Plan, rewritten: list[Rewritten] | None, bar
 
 
 def _graph_way(coupling: Coupling, plan: Plan) -> Way:
-    """The graph, with its train pass captured as well where that is possible and couples the same channels."""
+    """The graph, captured anew with a free batch, and with its train pass where that couples the same channels."""
     edits = (Edit("graph", ""),)
-    whole = with_train_pass(coupling.graph)
-    if len(coupling.passes) > 1 or len(whole.captures) < 2:
-        return Way("graph", edits, coupling)
-    for prefer in ("channels", "module"):
-        found = couple(whole, prefer)
-        if found.groups == plan.groups:
+    free = with_free_batch(coupling.graph)
+    for graph in (with_train_pass(free), free):
+        found = same_groups(graph, plan.groups)
+        if found is not None:
             return Way("graph", edits, found)
     return Way("graph", edits, coupling)
 
@@ -210,6 +212,8 @@ def _warn_of_losses(way: Way, dense: nn.Module) -> None:
     if len(way.coupling.passes) < 2:
         note = with_train_pass(way.coupling.graph).train_note or "it couples other channels than the eval pass"
         lost.append(f"in train mode only batch norm and dropout differ from eval mode (no train pass: {note})")
+    if not way.coupling.graph.captures[0].free:
+        lost.append("it runs on the example's batch size only, which the model writes down")
     if lost:
         warnings.warn(
             f"the captured graph stands for the model: {'; '.join(lost)}\n"

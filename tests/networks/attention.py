@@ -82,7 +82,7 @@ class Contraction(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Heads over a fused qkv. ``how``: ``sdpa``, ``fixed`` (softmax, scale a number), ``shape`` (scale from q's shape)."""
+    """Heads over a fused qkv. ``how``: ``sdpa``, ``fixed`` (softmax, scale a number), ``shape`` (by q's shape)."""
 
     def __init__(self, dim: int, heads: int, how: str) -> None:
         super().__init__()

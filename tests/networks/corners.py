@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from networks.attention import OnTokens
 from networks.common import Apply, Expect, Network, Sandwich, conv, image, tensor
+from networks.convolutions import ScaledStdConv, Tied
 
 
 class TwoWeights(nn.Module):
@@ -65,7 +66,7 @@ class ByAttribute(nn.Module):
 
 
 class Heads(nn.Module):
-    """Attention's variants: ``norm`` of q and k, ``shared`` q and k, ``rotary``, ``grouped`` kv, ``causal``, ``own`` scale."""
+    """Attention: ``norm`` of q and k, ``shared`` q and k, ``rotary``, ``grouped`` kv, ``causal``, ``own`` scale."""
 
     def __init__(self, kind: str, dim: int = 12, heads: int = 2) -> None:
         super().__init__()
@@ -194,6 +195,20 @@ def weights(function: Callable[[Tensor, Tensor], Tensor], *, out: int = 10) -> N
     return (lambda: Sandwich(TwoWeights(function), out=out), image(), Expect())
 
 
+def numbered_shuffle(x: Tensor) -> Tensor:
+    return x.view(-1, 3, 4, 8, 8).transpose(1, 2).reshape(-1, 12, 8, 8)
+
+
+def rewritten(*makers: Callable[[], nn.Module]) -> Network:
+    """A shuffle by views whose numbers no module holds, so that the captured graph itself must be rewritten."""
+
+    def build() -> nn.Module:
+        layers = [make() for make in makers]
+        return Sandwich(nn.Sequential(Apply(numbered_shuffle), *layers, nn.Conv2d(12, 8, 3), nn.BatchNorm2d(8)), out=8)
+
+    return (build, image(), Expect(prunes=("stem", f"middle.{len(makers) + 1}")))
+
+
 def heads(kind: str, *prunes: str) -> Network:
     expect = Expect(prunes=("stem", *prunes))
     return (lambda: Sandwich(OnTokens(Heads(kind), 12)), image(size=6), expect)
@@ -208,6 +223,17 @@ def simple(make: Callable[[], nn.Module], *prunes: str, out: int = 12, flat: boo
 
 
 CORNERS: dict[str, Network] = {
+    "rewritten_batch_norm": rewritten(lambda: nn.BatchNorm2d(12)),
+    "rewritten_batch_norm_without_statistics": rewritten(lambda: nn.BatchNorm2d(12, track_running_stats=False)),
+    "rewritten_instance_norm": rewritten(lambda: nn.InstanceNorm2d(12)),
+    "rewritten_instance_norm_tracking": rewritten(lambda: nn.InstanceNorm2d(12, affine=True, track_running_stats=True)),
+    "rewritten_dropouts": rewritten(
+        lambda: nn.Sequential(nn.Dropout(0.2), nn.Dropout2d(0.2), nn.AlphaDropout(0.2), nn.RReLU())
+    ),
+    "rewritten_standardised": rewritten(
+        lambda: ScaledStdConv(12, 12, 3), lambda: nn.PReLU(12), lambda: nn.GroupNorm(3, 12)
+    ),
+    "rewritten_tied": rewritten(Tied),
     "weights_added": weights(lambda a, b: a + 0.5 * b),
     "weights_concatenated": weights(lambda a, b: torch.cat([a, b]), out=20),
     "weights_stacked_on_inputs": weights(lambda a, b: torch.cat([a[:, :6], b[:, 6:]], 1)),
