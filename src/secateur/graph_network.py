@@ -176,7 +176,7 @@ def _switched(graph: fx.Graph, node: fx.Node, dense: nn.Module) -> str | None:
         flag = "other"  # counted only while that batch norm trains
     else:
         flag = _MODE_FLAGS.get(op_name(node), "")
-    if not flag or (op_name(node) == "batch_norm" and node.args[3] is None):
+    if not flag or (op_name(node) in ("batch_norm", "instance_norm") and node.args[3] is None):
         return None
     stack = module_stack(node)
     path = stack[-1][0] if stack else ""

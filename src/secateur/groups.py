@@ -8,15 +8,16 @@ such a set could empty one side of a split.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import fx, nn
 
-from secateur.core import Group, Slice
+from secateur.core import Group, Role, Slice
 from secateur.errors import CannotPrune
 from secateur.graph import Graph, Inputs, trace
 from secateur.labels import Classes, Factors, Labels, compress, varying
@@ -29,14 +30,14 @@ Prefer = Literal["channels", "module"]
 
 @dataclass(frozen=True, eq=False)
 class Coupling:
-    """A graph with its groups. ``groups`` can be pruned, ``locked`` cannot and say why.
+    """A graph with its groups. ``groups`` can be pruned, ``locked`` cannot and say why (found when asked for).
 
     ``group_of`` and ``channel_of``: class -> index into ``groups`` (or -1) and channel number in that group.
     """
 
     graph: Graph
     groups: tuple[Group, ...]
-    locked: tuple[Group, ...]
+    locked: Sequence[Group]
     passes: tuple[Propagation, ...]
     parameters: Mapping[str, Factors]
     classes: Classes
@@ -85,14 +86,15 @@ def find_groups(model: nn.Module | Graph, example_inputs: Inputs | None = None) 
     A locked group's ``locked`` says why, with the operation and the line of the user's code.
     """
     coupling = couple(trace(model, example_inputs))
-    return coupling.groups + coupling.locked
+    return (*coupling.groups, *coupling.locked)
 
 
 def couple(graph: Graph, prefer: Prefer = "channels") -> Coupling:
     """Propagate labels through a captured graph and read off its groups; done once for each graph.
 
-    ``prefer="module"`` joins the parts of every even split, so that more networks stay plain modules after surgery
-    (``chunk`` cuts at half the *new* width) at the price of less freedom; ``"channels"`` leaves each channel free.
+    ``prefer="module"`` joins the parts of every even split and locks what padded channels are added to, so that more
+    networks stay plain modules after surgery (``chunk`` cuts at half the *new* width, ``F.pad`` appends as many zeros
+    as ever) at the price of less freedom; ``"channels"`` leaves each channel free.
     """
     found = graph.memo.get(prefer)
     if found is None:
@@ -112,12 +114,17 @@ def _couple(graph: Graph, shared: Shared) -> Coupling:
                 labels.lock(factor, f"no captured pass uses this parameter{note}")
     classes = _make_rectangular(labels, passes, shared)
     signature = _signatures(passes, shared, classes)
+    roles = shared.roles()
+    draft = _collect(shared, classes.free, signature, classes, roles)
     taken: dict[str, int] = {}
-    groups, group_of, channel_of = _collect(shared, classes.free, signature, classes, labels, taken)
-    kernels = torch.from_numpy(np.isin(classes.reason, list(labels.no_channels)))
-    held = torch.where((classes.free == 0) & ~kernels[classes.component], classes.component, 0)
-    locked, _, _ = _collect(shared, held, signature, classes, labels, taken)
-    return Coupling(graph, groups, locked, passes, shared.factors, classes, group_of, channel_of)
+    groups = _finished(draft, labels, taken)
+
+    def locked() -> tuple[Group, ...]:
+        kernels = torch.from_numpy(np.isin(classes.reason, list(labels.no_channels)))
+        held = torch.where((classes.free == 0) & ~kernels[classes.component], classes.component, 0)
+        return _finished(_collect(shared, held, signature, classes, roles), labels, taken)
+
+    return Coupling(graph, groups, _Later(locked), passes, shared.factors, classes, draft.group_of, draft.channel_of)
 
 
 def _all_factors(passes: tuple[Propagation, ...], shared: Shared) -> Iterator[tuple[object, torch.Tensor]]:
@@ -148,15 +155,53 @@ def _make_rectangular(labels: Labels, passes: tuple[Propagation, ...], shared: S
 
 def _signatures(passes: tuple[Propagation, ...], shared: Shared, classes: Classes) -> np.ndarray:
     """A hash per class of the tensors it occurs in and how often; equal for channels of one group."""
-    total = int(classes.component.max()) + 1
-    signature = np.zeros(total, np.uint64)
+    component = classes.component.numpy()
+    signature = np.zeros(int(component.max()) + 1, np.uint64)
     random = np.random.default_rng(0)
     tokens: dict[object, np.uint64] = {}
     for key, factor in _all_factors(passes, shared):
         token = tokens.setdefault(key, random.integers(1, 2**63, dtype=np.uint64))
-        members, times = np.unique(classes.component[factor].numpy(), return_counts=True)
-        signature[members] += token * times.astype(np.uint64)
+        np.add.at(signature, component[factor.numpy().ravel()], token)
     return signature
+
+
+class _Later(Sequence[Group]):
+    """Groups that are found when somebody looks: who prunes seldom asks for what is locked."""
+
+    def __init__(self, find: Callable[[], tuple[Group, ...]]) -> None:
+        self._find = find
+
+    @cached_property
+    def _groups(self) -> tuple[Group, ...]:
+        return self._find()
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._groups[index]
+
+
+@dataclass
+class _Draft:
+    """Groups while they are collected; ``number``: signature and reason -> place in the lists."""
+
+    group_of: np.ndarray
+    channel_of: np.ndarray
+    number: dict[tuple[int, int], int]
+    sizes: list[int]
+    slices: list[list[Slice]]
+    reasons: list[int]
+
+    def place(self, c: int, signature: int, reason: int) -> None:
+        """Make class ``c`` the next channel of its group."""
+        g = self.number.setdefault((signature, reason), len(self.sizes))
+        if g == len(self.sizes):
+            self.sizes.append(0)
+            self.slices.append([])
+            self.reasons.append(reason)
+        self.group_of[c], self.channel_of[c] = g, self.sizes[g]
+        self.sizes[g] += 1
 
 
 def _collect(
@@ -164,47 +209,39 @@ def _collect(
     class_of: torch.Tensor,
     signature: np.ndarray,
     classes: Classes,
-    labels: Labels,
-    taken: dict[str, int],
-) -> tuple[tuple[Group, ...], np.ndarray, np.ndarray]:
+    roles: Mapping[tuple[str, int], Role],
+) -> _Draft:
     """Groups of the classes that ``class_of`` (label -> class, or 0) selects, in order of their first tensor."""
-    total = len(signature)
-    group_of = np.full(total, -1, np.int64)
-    channel_of = np.full(total, -1, np.int64)
-    roles = shared.roles()
-    number: dict[tuple[int, int], int] = {}
-    sizes: list[int] = []
-    slices: list[list[Slice]] = []
-    reasons: list[int] = []
+    unknown = np.full(len(signature), -1, np.int64)
+    draft = _Draft(unknown, unknown.copy(), {}, [], [], [])
+    lookup = class_of.numpy()
     for name, factors in shared.factors.items():
         for factor in factors:
             axis = varying(factor)[0]
-            at = class_of[factor.reshape(-1)].numpy()
-            order = [c for c in dict.fromkeys(at.tolist()) if c]
-            for c in order:
-                if group_of[c] < 0:
-                    key = (int(signature[c]), int(classes.reason[c]))
-                    if key not in number:
-                        number[key] = len(sizes)
-                        sizes.append(0)
-                        slices.append([])
-                        reasons.append(int(classes.reason[c]))
-                    group_of[c] = number[key]
-                    channel_of[c] = sizes[number[key]]
-                    sizes[number[key]] += 1
-            role = roles[name, axis]
-            groups_here = np.where(at > 0, group_of[at], -1)
-            for g in dict.fromkeys(groups_here[groups_here >= 0].tolist()):
-                where = np.flatnonzero(groups_here == g)
-                where = where[np.argsort(channel_of[at[where]], kind="stable")]
-                slices[g].append(Slice(name, axis, where.reshape(sizes[g], -1), role))
-    names = _names(slices, taken)
+            at = lookup[factor.numpy().ravel()]
+            new = at[(at > 0) & (draft.group_of[at] < 0)]
+            for c in dict.fromkeys(new.tolist()):
+                draft.place(c, int(signature[c]), int(classes.reason[c]))
+            group = np.where(at > 0, draft.group_of[at], -1)
+            order = np.lexsort((draft.channel_of[at], group))
+            order = order[np.searchsorted(group[order], 0) :]
+            if not len(order):
+                continue
+            starts = np.flatnonzero(np.diff(group[order], prepend=-1))
+            for positions in np.split(order, starts[1:]):
+                g = int(group[positions[0]])
+                draft.slices[g].append(Slice(name, axis, positions.reshape(draft.sizes[g], -1), roles[name, axis]))
+    return draft
+
+
+def _finished(draft: _Draft, labels: Labels, taken: dict[str, int]) -> tuple[Group, ...]:
     groups = []
-    for g, size in enumerate(sizes):
-        writer = _first_writer(slices[g])
-        why = labels.locks[reasons[g]]() if reasons[g] >= 0 else ""
-        groups.append(Group(names[g], size, tuple(slices[g]), writer.positions.shape[1], why))
-    return tuple(groups), group_of, channel_of
+    for name, size, own, reason in zip(
+        _names(draft.slices, taken), draft.sizes, draft.slices, draft.reasons, strict=True
+    ):
+        why = labels.locks[reason]() if reason >= 0 else ""
+        groups.append(Group(name, size, tuple(own), _first_writer(own).positions.shape[1], why))
+    return tuple(groups)
 
 
 def _first_writer(slices: list[Slice]) -> Slice:

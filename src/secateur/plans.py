@@ -66,7 +66,9 @@ class Plan:
             for name, shape in checks.mapping("model", self.model).items()
         }
         keep = {name: checks.indices(name, kept) for name, kept in checks.mapping("keep", self.keep).items()}
-        checks.check_groups(groups, model)
+        found = self.graph.memo.values() if self.graph is not None else ()
+        if not any(getattr(coupling, "groups", None) is groups for coupling in found):  # ours are right by making
+            checks.check_groups(groups, model)
         checks.check_keep(groups, keep)
         names = [group.name for group in groups]
         constants = dict(checks.mapping("constants", self.constants))

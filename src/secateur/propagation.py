@@ -123,7 +123,8 @@ class Propagation:
 class Shared:
     """What the passes over one model have in common: the factors of its tensors and the roles of their axes.
 
-    ``tie_halves``: join the parts of an even split, so that ``chunk`` still cuts where it should.
+    ``tie_halves``: join the parts of an even split, so that ``chunk`` still cuts where it should, and let padded
+    channels be.
     """
 
     def __init__(self, labels: Labels, tie_halves: bool = False) -> None:
@@ -158,7 +159,12 @@ class Call:
     def __init__(self, node: fx.Node, propagation: Propagation) -> None:
         self.node, self.p, self.labels = node, propagation, propagation.labels
         self.name = op_name(node)
-        self.args = named_args(node)
+        self.args = {name: self._number(value) for name, value in named_args(node).items()}
+
+    def _number(self, value: Any) -> Any:
+        """Sizes that depend on the batch are what they were in the capture."""
+        known = self.p.constants.get(value) if isinstance(value, fx.Node) else None
+        return known if isinstance(known, int) else value
 
     @property
     def out_shape(self) -> Shape:

@@ -21,9 +21,12 @@ from secateur.labels import Factors
 from secateur.nodes import as_int, module_stack, named_args, op_name, shape_of
 
 A = torch.ops.aten
-_DERIVED = frozenset(
-    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d group_norm layer_norm".split()
-)
+_DERIVED = {
+    **dict.fromkeys("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split(), "groups"),
+    "group_norm": "num_groups",
+    "layer_norm": "normalized_shape",
+}
+"""Arguments that torch's own modules keep in an attribute of this name, which slicing corrects from their weights."""
 Mask = torch.Tensor | None
 
 
@@ -126,9 +129,10 @@ class Site:
 
     def _mark(self, differs: bool) -> None:
         stack = module_stack(self.old)
-        by_torch = bool(stack) and stack[-1][1].startswith("torch.nn.modules.") and op_name(self.old) in _DERIVED
-        by_torch = by_torch and self.args.get("weight") is not None
-        self.result.changed |= differs and not by_torch
+        module = self.coupling.graph.model.get_submodule(stack[-1][0]) if stack else None
+        name = _DERIVED.get(op_name(self.old), "")
+        number = getattr(module, name, None) if name and self.args.get("weight") is not None else None
+        self.result.changed |= differs and (number is None or number != _plain(self.args[name]))
 
     def note(self, old: Any, new: Any) -> None:
         if old != new:
@@ -141,6 +145,10 @@ class Site:
         self.result.tables[target] = values
         with self.result.graph.inserting_before(self.new):
             return self.result.graph.get_attr(target)
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, (list, tuple)) else value
 
 
 def _sizes(site: Site) -> None:
@@ -301,6 +309,23 @@ def _attention(site: Site) -> None:
         site.set("scale", shape[-1] ** -0.5)
 
 
+def _pad(site: Site) -> None:
+    """Constants beside the channels: as many as are kept."""
+    key = "pad" if "pad" in site.args else "padding"
+    amounts, masks, rank = list(site.args[key]), site.masks(site.old), len(site.masks(site.old))
+    for i in range(len(amounts) // 2):
+        mask = masks[rank - 1 - i]
+        if mask is None:
+            continue
+        front, back = amounts[2 * i], amounts[2 * i + 1]
+        amounts[2 * i] = int(mask[:front].sum())
+        amounts[2 * i + 1] = int(mask[len(mask) - back :].sum()) if back else 0
+        site.note(front, amounts[2 * i])
+        site.note(back, amounts[2 * i + 1])
+    site.note(tuple(site.args[key]), tuple(amounts))
+    site.set(key, amounts)
+
+
 REWRITES: dict[str, Callable[[Site], None]] = {
     **dict.fromkeys("view reshape _unsafe_view expand".split(), _sizes),
     **dict.fromkeys(
@@ -309,6 +334,7 @@ REWRITES: dict[str, Callable[[Site], None]] = {
     ),
     **dict.fromkeys("slice select narrow index_select index roll".split(), _pick),
     **dict.fromkeys("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split(), _convolution),
+    **dict.fromkeys(["constant_pad_nd", "pad"], _pad),
     "unflatten": _unflatten,
     "group_norm": _group_norm,
     "layer_norm": _layer_norm,

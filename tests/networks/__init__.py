@@ -42,6 +42,9 @@ VARIANTS: frozenset[str] = frozenset(
     layer_scale_chain outputs_list outputs_nested inputs_siamese inputs_optional_left_out unused_module orthogonal
     weights_added weights_stacked_on_inputs weight_turned weight_normalised_by_hand attention_causal
     attention_own_scale unrolled einsum_ellipsis einsum_diagonal sum_of_all gathered_positions clamped_by_channel
+    recurrent distances grid_sampled largest_positions square_of_channels flattened_with_steps weights_concatenated
+    view_mixes_rows_into_channels train_and_eval_differ rewritten_dropouts rewritten_instance_norm_tracking tied_decoder
+    perceptron dilated_strided stack_interleaved flatten_last_linear unet_add non_local roll_of_everything
     one_map_for_all normalised_by_maximum chunks_multiplied batch_mixed transposed_space_and_channels
     """.split()
 )

@@ -141,18 +141,23 @@ def im2col(call: Call) -> Factors:
 
 
 def padded(call: Call) -> Factors:
-    """Zeros beside the channels carry no label; reflected or repeated borders carry that of their source."""
+    """Constants beside the channels are channels of their own, free to go where they are added to others (option-A
+    shortcuts); with ``prefer="module"`` they carry no label. Reflected, repeated or cropped channels are locked."""
     x, pad = call.args["self"], call.constant(list(call.args["pad" if "pad" in call.args else "padding"]))
     rank = len(call.shape(x))
-    touched = [rank - 1 - i for i in range(len(pad) // 2) if pad[2 * i] or pad[2 * i + 1]]
+    amounts = {rank - 1 - i: (int(pad[2 * i]), int(pad[2 * i + 1])) for i in range(len(pad) // 2)}
+    touched = {axis: both for axis, both in amounts.items() if both != (0, 0)}
     found = []
     for factor in call.factors(x):
         on = [d for d in touched if factor.shape[d] > 1]
-        if on and call.name not in ("constant_pad_nd", "pad"):
-            call.labels.lock(factor, "its axis is padded by reflection or repetition")
+        if on and (call.name not in ("constant_pad_nd", "pad") or min(touched[on[0]]) < 0 or len(on) > 1):
+            call.labels.lock(factor, "its axis is cropped, or padded by reflection or repetition")
         elif on:
-            wide = spread(factor, call.shape(x), touched)
-            factor = compress(torch.nn.functional.pad(wide, [int(p) for p in pad], value=0))
+            axis, (front, back) = on[0], touched[on[0]]
+            labels = call.single(factor, (axis,)).reshape(-1)
+            zeros = call.p.shared.tie_halves
+            sides = [torch.zeros(k, dtype=torch.int64) if zeros else call.labels.fresh(k) for k in (front, back)]
+            factor = on_axis(torch.cat([sides[0], labels, sides[1]]), axis, rank)
         found.append(factor)
     return found
 
