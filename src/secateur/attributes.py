@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from secateur.core import Edit
-from secateur.errors import WrongModel
+from secateur.errors import BadPlan, WrongModel
 from secateur.groups import Coupling
 from secateur.nodes import module_stack, named_args, op_name
 from secateur.rewrites import Note
@@ -103,7 +103,10 @@ def _integers(value: Any) -> bool:
 
 
 def set_attributes(model: nn.Module, edits: Sequence[Edit]) -> None:
-    """Carry out the edits of kind ``attribute``; the attribute keeps its type. Raises ``WrongModel`` if it is gone."""
+    """Carry out the edits of kind ``attribute``; the attribute keeps its type.
+
+    Raises ``WrongModel`` if it is gone, ``BadPlan`` if it is anything but a number that surgery could have set.
+    """
     for edit in edits:
         if edit.kind != "attribute":
             continue
@@ -112,6 +115,11 @@ def set_attributes(model: nn.Module, edits: Sequence[Edit]) -> None:
             old = getattr(module, edit.name)
         except AttributeError as error:
             raise WrongModel(f"the plan sets {edit.target}.{edit.name}, which this model does not have") from error
+        if edit.name.startswith("_") or edit.name not in vars(module) or not (type(old) is int or _integers(old)):
+            raise BadPlan(
+                f"the plan sets {edit.target}.{edit.name}, which is no integer, nor tuple of integers, of this model\n"
+                "  do: do not use this plan unless you trust where it came from; plan again"
+            )
         value = (
             type(old)(edit.value) if isinstance(old, (list, tuple)) and isinstance(edit.value, tuple) else edit.value
         )
