@@ -66,7 +66,7 @@ class Plan:
             for name, shape in checks.mapping("model", self.model).items()
         }
         keep = {name: checks.indices(name, kept) for name, kept in checks.mapping("keep", self.keep).items()}
-        found = self.graph.memo.values() if self.graph is not None else ()
+        found = getattr(self.graph, "memo", {}).values()
         if not any(getattr(coupling, "groups", None) is groups for coupling in found):  # ours are right by making
             checks.check_groups(groups, model)
         checks.check_keep(groups, keep)
