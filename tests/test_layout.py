@@ -14,7 +14,7 @@ import secateur
 PACKAGE = Path(secateur.__file__).parent
 ROWS = [
     {"errors", "core", "version", "nests", "nodes"},
-    {"graph", "labels", "propagation", "rules"},
+    {"capture", "graph", "labels", "propagation", "rules"},
     {"groups"},
     {"views", "criteria"},
     {"scores"},

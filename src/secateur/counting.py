@@ -7,8 +7,9 @@
 - ``swp``: convolutions and linear layers; 2 FLOPs per MAC, plus linear biases, 2 per batch-norm element (none behind
   projections), 1 per element of a ReLU module and k*k per output of a pooling module; all parameters.
 
-All of them per example. A projection shortcut is a 1x1 convolution that takes what another convolution takes as well
-and whose output, normalised or not, goes straight into a sum.
+All of them per example. Recurrent layers, which are one operation to the graph, are not counted. A projection shortcut
+is a 1x1 convolution that takes what another convolution takes as well and whose output, normalised or not, goes
+straight into a sum.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from secateur.graph import canonical_names
-from secateur.masks import register
+from secateur.capture import canonical_names
+from secateur.masks import CASTS, register
 from secateur.nests import InputOrder, unflatten
 from secateur.nodes import module_stack, op_name
 from secateur.rewrites import Rewritten
@@ -157,10 +157,8 @@ def _finished(one: Pass, dense: nn.Module, *, prefix: str) -> tuple[str, dict[st
     if like is not None:
         first = next(n for n in graph.nodes if n.op == "call_function")
         with graph.inserting_before(first):
-            places = {
-                "device": graph.call_function(getattr, (like, "device")),
-                "dtype": graph.call_function(getattr, (like, "dtype")),
-            }
+            places = {name: graph.call_function(getattr, (like, name)) for name in ("device", "dtype")}
+            places["cast"] = graph.call_function(torch.promote_types, (places["dtype"], torch.float32))
         _free(graph, places, captured)
     switches = {path for node in list(graph.nodes) if (path := _switched(graph, node, dense)) is not None}
     graph.eliminate_dead_code()
@@ -181,7 +179,7 @@ def _switched(graph: fx.Graph, node: fx.Node, dense: nn.Module) -> str | None:
     stack = module_stack(node)
     path = stack[-1][0] if stack else ""
     if not isinstance(dense.get_submodule(path), (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)):
-        path = ""
+        return None  # a function call: each pass has the flag that it was captured with
     with graph.inserting_before(node):
         mode = graph.get_attr(f"{path}.training" if path else "training")
     for i, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
@@ -194,12 +192,13 @@ def _switched(graph: fx.Graph, node: fx.Node, dense: nn.Module) -> str | None:
 
 
 def _free(graph: fx.Graph, places: Mapping[str, fx.Node], captured: torch.dtype | None) -> None:
-    def loose(value: Any) -> Any:
+    def loose(value: Any, dtype: str) -> Any:
         if isinstance(value, torch.device):
             return places["device"]
-        return places["dtype"] if isinstance(value, torch.dtype) and value == captured else value
+        return places[dtype] if isinstance(value, torch.dtype) and value == captured else value
 
     for node in graph.nodes:
         if node.op == "call_function" and node not in places.values():
-            node.args = tuple(loose(a) for a in node.args)
-            node.kwargs = {k: loose(v) for k, v in node.kwargs.items()}
+            dtype = "cast" if op_name(node) in CASTS else "dtype"
+            node.args = tuple(loose(a, dtype) for a in node.args)
+            node.kwargs = {k: loose(v, dtype) for k, v in node.kwargs.items()}

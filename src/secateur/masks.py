@@ -24,6 +24,8 @@ from secateur.nodes import named_args, op_name, shape_of
 from secateur.plans import Plan, check_model
 
 Mask = torch.Tensor | None
+CASTS = frozenset({"to", "_to_copy"})
+"""Where a forward names a dtype itself: never below float32, whatever the weights are in."""
 _READ_FIRST_ONLY = ("conv", "linear")
 
 
@@ -298,8 +300,13 @@ class _Adapter:
         return self.device if isinstance(value, torch.device) else value
 
     def call(self, node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        new_args = [self._value(a) for a in args]
-        return node.target(*new_args, **{k: self._value(v) for k, v in kwargs.items()})  # type: ignore[operator]
+        cast_ = op_name(node) in CASTS
+
+        def value(v: Any) -> Any:
+            new = self._value(v)
+            return torch.promote_types(new, torch.float32) if cast_ and new is not v and v in self.dtypes else new
+
+        return node.target(*map(value, args), **{k: value(v) for k, v in kwargs.items()})  # type: ignore[operator]
 
     def constant(self, value: torch.Tensor | None) -> torch.Tensor | None:
         if value is None:

@@ -21,10 +21,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from secateur.capture import in_mode
 from secateur.core import Measurement
 from secateur.counting import count
 from secateur.errors import BadRequest, MissingExtra, nearest
-from secateur.graph import Graph, Inputs, as_arguments, in_mode
+from secateur.graph import Graph, Inputs, as_arguments
 from secateur.nests import flatten
 from secateur.onnx_file import export_onnx
 

@@ -56,6 +56,20 @@ def flatten(value: Any) -> tuple[list[torch.Tensor], Any]:
     return tensors, skeleton
 
 
+def leaves(skeleton: Any) -> list[Any]:
+    """Everything in a nest that is neither a container nor a tensor's place."""
+    found: list[Any] = []
+
+    def look(v: Any) -> Any:
+        inside = _map_container(look, v)
+        if inside is v and not isinstance(v, _Leaf):
+            found.append(v)
+        return v
+
+    look(skeleton)
+    return found
+
+
 def unflatten(skeleton: Any, tensors: Sequence[torch.Tensor]) -> Any:
     """The inverse of ``flatten``."""
 

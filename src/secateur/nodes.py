@@ -48,7 +48,7 @@ def source_line(node: fx.Node) -> str:
     frames = [(lines[i], lines[i + 1].strip()) for i in range(len(lines) - 1) if lines[i].lstrip().startswith("File ")]
     for head, code in reversed(frames):
         file, _, rest = head.strip().removeprefix('File "').partition('", line ')
-        if "/torch/" not in file and "/secateur/graph.py" not in file:
+        if "/torch/" not in file and "/secateur/capture.py" not in file:
             return f"{file.rsplit('/', 1)[-1]}:{rest.split(',')[0]}: {code}"
     return "unknown source"
 

@@ -23,8 +23,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from secateur.capture import all_tensors, in_mode
 from secateur.errors import BadArtifact, BadRequest, CannotCapture, MissingExtra
-from secateur.graph import Inputs, all_tensors, as_arguments, in_mode, plain, to_plain_cpu, unwrap
+from secateur.graph import Inputs, as_arguments, plain, to_plain_cpu, unwrap
 from secateur.nests import flatten, unflatten
 
 BATCHES = (1, 3)

@@ -14,8 +14,9 @@ from typing import Any, Literal
 import numpy as np
 from torch import fx
 
+from secateur.capture import is_tensor_node
 from secateur.costs import Cost, Dim, make_cost
-from secateur.graph import Graph, is_tensor_node
+from secateur.graph import Graph
 from secateur.groups import Coupling
 from secateur.labels import Factors, compress, varying
 from secateur.nodes import as_int, module_stack, named_args, op_name, shape_of
@@ -48,7 +49,10 @@ def operations(graph: Graph) -> list[Operation]:
         places = [n for n in capture.graph.nodes if n.op == "placeholder"]
         batch = (shape_of(places[capture.batched.index(True)]) or (1,))[0]
     found = []
+    examples: set[fx.Node] = set()  # what depends on an input; weights computed from weights do not grow with the batch
     for node in capture.graph.nodes:
+        if node.op == "placeholder" or any(s in examples for s in node.all_input_nodes):
+            examples.add(node)
         reader = _READERS.get(op_name(node)) if node.op == "call_function" else None
         if reader is not None:
             kind, parts, weight = reader(node)
@@ -56,7 +60,7 @@ def operations(graph: Graph) -> list[Operation]:
                 name = (
                     capture.names[str(weight.target)] if weight is not None and is_tensor_node(weight, capture) else ""
                 )
-                found.append(Operation(node, kind, scale / batch, tuple(widths), name))
+                found.append(Operation(node, kind, scale / (batch if node in examples else 1), tuple(widths), name))
     return found
 
 

@@ -20,9 +20,10 @@ import torch
 from torch import nn
 
 from secateur import plan_checks as checks
+from secateur.capture import all_tensors, canonical_names
 from secateur.core import Edit, Group
 from secateur.errors import BadPlan, BadRequest, WrongModel, nearest
-from secateur.graph import Graph, all_tensors, canonical_names, unwrap
+from secateur.graph import Graph, unwrap
 from secateur.plan_checks import Shape
 
 Constant = Literal["drop", "fold"]

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from secateur.capture import in_mode
 from secateur.errors import CannotPrune
-from secateur.graph import in_mode, plain
+from secateur.graph import plain
 from secateur.groups import Coupling
 from secateur.masks import run_masked
 from secateur.nests import flatten, unflatten
@@ -40,17 +41,21 @@ class Proof:
     @property
     def coarse(self) -> bool:
         """Whether all outputs are whole numbers (a class, a yes or no), so that a small mistake may not show."""
-        return all(not t.is_floating_point() or bool((t == t.round()).all()) for t in self.wanted)
+        reals = map(_real, self.wanted)
+        return all(not t.is_floating_point() or bool((t == t.round()).all()) for t in reals)
 
 
-def prove(coupling: Coupling, class_keep: torch.Tensor, *, copies: int = 1) -> Proof:
+def prove(coupling: Coupling, class_keep: torch.Tensor, *, copies: int = 1, anew: bool = False) -> Proof:
     """Run the masked network on telling weights and inputs, ``copies`` random ones (more than one needs a capture with
-    a free batch). Raises ``CannotPrune`` if there are none."""
+    a free batch). ``anew``: with vectors drawn anew, so that no gate that training closed hides what is behind it.
+    Raises ``CannotPrune`` if nothing tells."""
     tensors = coupling.graph.tensors
     why = ""
     for inputs in (_rich_inputs(coupling, copies), _example(coupling)):
-        for state in (perturbed(tensors), doubles(tensors)):
-            with torch.no_grad():
+        for make in (redrawn if anew else perturbed, doubles):
+            state = make(tensors)
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
                 wanted = run_masked(coupling, class_keep, state, inputs)
                 why = _tells_nothing(wanted)
                 if not why:
@@ -67,7 +72,8 @@ def difference(proof: Proof, trial: nn.Module) -> float:
     _, skeleton = flatten((proof.coupling.graph.args, dict(proof.coupling.graph.kwargs)))
     args, kwargs = unflatten(skeleton, proof.inputs)
     with torch.no_grad():
-        with in_mode(trial, False):
+        with in_mode(trial, False), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
             found = tuple(flatten(trial(*args, **kwargs))[0])
         worst = relative_difference(found, proof.wanted)
         if proof.wanted_train is not None and worst <= proof.tolerance:
@@ -83,7 +89,7 @@ def relative_difference(found: Sequence[torch.Tensor], wanted: Sequence[torch.Te
     if len(found) != len(wanted):
         return float("inf")
     worst = 0.0
-    for a, b in zip(found, wanted, strict=True):
+    for a, b in zip(map(_real, found), map(_real, wanted), strict=True):
         if a.shape != b.shape:
             return float("inf")
         if a.numel() == 0:
@@ -110,6 +116,19 @@ def perturbed(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return found
 
 
+def redrawn(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Like ``perturbed``, but vectors forget their values: positive ones lie in 0.5 to 1.5, others in -0.5 to 0.5."""
+    generator = torch.Generator().manual_seed(1)
+    found = perturbed(tensors)
+    for name, value in found.items():
+        if value.is_floating_point() and value.numel() and (value.dim() < 2 or value.numel() == max(value.shape)):
+            positive = value.numel() > 1 and float(tensors[name].min()) > 0
+            found[name] = torch.rand(value.shape, generator=generator, dtype=torch.float64) + (
+                0.5 if positive else -0.5
+            )
+    return found
+
+
 def doubles(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Float64 copies on the CPU; integers as they are."""
     return {name: _double(plain(tensor)) for name, tensor in tensors.items()}
@@ -122,6 +141,10 @@ def casts(coupling: Coupling) -> bool:
         if any(isinstance(v, torch.dtype) and v in (torch.float32, torch.float16, torch.bfloat16) for v in values):
             return True
     return False
+
+
+def _real(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def _double(tensor: torch.Tensor) -> torch.Tensor:
@@ -154,7 +177,7 @@ def _rich_inputs(coupling: Coupling, copies: int) -> list[torch.Tensor]:
 
 
 def _tells_nothing(outputs: Outputs) -> str:
-    floats = [t for t in outputs if t.is_floating_point()]
+    floats = [_real(t) for t in outputs if t.is_floating_point() or t.is_complex()]
     if any(not bool(torch.isfinite(t).all()) for t in floats):
         return "NaN or infinite"
     if floats and all(t.numel() == 0 or (t.numel() > 1 and float(t.max() - t.min()) == 0.0) for t in floats):

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from secateur.capture import Capture, is_tensor_node
 from secateur.core import Role
-from secateur.graph import Capture, is_tensor_node
 from secateur.labels import Factor, Factors, Labels, Shape, compress, on_axis, varying, widen
 from secateur.nodes import as_int, module_stack, named_args, op_name, shape_of, source_line
 
@@ -41,7 +41,6 @@ class Propagation:
         self.readers: set[fx.Node] = set()
         self.norms: set[fx.Node] = set()
         self.weights_only: set[fx.Node] = set()
-        self._reshaped: dict[str, Shape] = {}
         for node in capture.graph.nodes:
             self._visit(node, tensors)
 
@@ -85,7 +84,10 @@ class Propagation:
         try:
             if rule is None:
                 raise NotImplementedError(f"no rule is known for the operation {name!r}")
-            return rule(Call(node, self))
+            result = rule(Call(node, self))
+            if isinstance(result, tuple) is not isinstance(value, (tuple, list)):
+                raise TypeError("the rule answers for another number of results")
+            return result
         except Exception as error:  # whatever is not understood is locked, never guessed
             why = str(error) if rule is None else f"its rule failed ({type(error).__name__}: {error})"
             for source in inputs:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from secateur.graph import Capture
+from secateur.capture import Capture
 from secateur.groups import Coupling
 from secateur.labels import Factors
 from secateur.nodes import as_int, module_stack, named_args, op_name, shape_of

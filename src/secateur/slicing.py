@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from secateur.attributes import correct_modules
-from secateur.graph import all_tensors, canonical_names
+from secateur.capture import all_tensors, canonical_names
 from secateur.groups import Coupling
 from secateur.nodes import op_name
 

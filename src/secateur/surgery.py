@@ -126,6 +126,9 @@ def _choose(coupling: Coupling, plan: Plan, check: bool) -> tuple[Way, float | N
                 proof = prove(way.coupling, way.coupling.class_keep(plan.keep), copies=copies)
                 _check_capture(proof, coupling.graph.model)
             gap = difference(proof, build(way, plan, coupling.graph.model, proof.state))
+            if changed and way.tier != "graph" and gap <= proof.tolerance:
+                again = prove(coupling, keep, anew=True)
+                gap = max(gap, difference(again, build(way, plan, coupling.graph.model, again.state)))
         except Exception as error:  # a forward that no longer fits: the next way may
             first = str(error).splitlines()[0] if str(error) else ""
             tried.append(f"{way.tier}: {type(error).__name__}: {first}"[:200])

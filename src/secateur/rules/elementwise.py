@@ -40,8 +40,8 @@ _SAME = """
     threshold softsign tanhshrink hardshrink softshrink log_sigmoid square abs neg exp exp2 expm1 log log2 log10 log1p
     sqrt rsqrt reciprocal erf erfc sin cos tan asin acos atan sinh cosh floor ceil round trunc frac sign sgn isnan isinf
     isfinite logical_not bitwise_not positive nan_to_num logit special_expit deg2rad
-    dropout feature_dropout alpha_dropout feature_alpha_dropout native_dropout bernoulli
-    to _to_copy type_as contiguous clone detach detach_ alias lift_fresh_copy zeros_like ones_like full_like rand_like
+    dropout feature_dropout alpha_dropout feature_alpha_dropout bernoulli
+    to _to_copy type_as contiguous clone detach alias lift_fresh_copy zeros_like ones_like full_like rand_like
     randn_like empty_like float_power
 """
 _MERGE = """

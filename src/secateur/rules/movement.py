@@ -87,6 +87,9 @@ def expanded(call: Call) -> Factors:
     """The same labels; a map that is copied onto every channel (axis 1) gets new ones: any of the copies may go."""
     source, rank = call.tensors()[0], len(call.out_shape)
     found = [widen(f, rank) for f in call.factors(source)]
+    if call.name == "expand_as":
+        other = call.args["other"]
+        return call.merge([(found, call.shape(source)), (call.factors(other), call.shape(other))])
     if rank > 2 and call.shape(source)[1:2] == (1,) and len(call.shape(source)) == rank and call.out_shape[1] > 1:
         found.append(on_axis(call.labels.fresh(call.out_shape[1]), 1, rank))
     return found
@@ -240,7 +243,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys("permute transpose unsqueeze t movedim moveaxis swapaxes numpy_T mT adjoint".split(), axes_moved),
     **dict.fromkeys("view reshape _unsafe_view flatten unflatten squeeze view_as reshape_as ravel".split(), reshaped),
     **dict.fromkeys(
-        "slice select narrow split split_with_sizes chunk unbind tensor_split index_select roll flip diagonal "
+        "slice select narrow split split_with_sizes chunk unbind tensor_split index_select roll flip "
         "unsafe_chunk unsafe_split rot90 repeat_interleave".split(),
         picked,
     ),
