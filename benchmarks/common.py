@@ -230,11 +230,12 @@ def gradients(model: nn.Module, inputs: Sequence[Tensor]) -> set[str] | str:
 
 
 def layers(model: nn.Module) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Weight name -> ``("conv" or "linear", shape)``. Weights of four axes in other modules are convolutions too."""
+    """Weight name -> ``("conv" or "linear", shape)``. Weights of four axes in other modules are convolutions too; those
+    of one channel in and one out (ECA slides them over the channels) have none to lose and are left out."""
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for path, module in model.named_modules():
         for leaf, value in module.named_parameters(path, recurse=False):
-            is_conv = isinstance(module, nn.modules.conv._ConvNd) and value.dim() >= 3
+            is_conv = isinstance(module, nn.modules.conv._ConvNd) and value.dim() >= 3 and value.shape[:2] != (1, 1)
             if is_conv or (value.dim() == 4 and leaf.endswith("weight") and value.numel() > max(value.shape)):
                 found[leaf] = ("conv", tuple(value.shape))
             elif isinstance(module, nn.Linear) and value.dim() == 2:

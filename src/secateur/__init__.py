@@ -19,6 +19,7 @@ from secateur.errors import (
     LawBroken,
     MissingExtra,
     SecateurError,
+    SecateurWarning,
     Unreachable,
     WrongModel,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "MissingExtra",
     "Plan",
     "SecateurError",
+    "SecateurWarning",
     "Slice",
     "Unreachable",
     "WrongModel",
