@@ -13,10 +13,11 @@ import secateur
 
 PACKAGE = Path(secateur.__file__).parent
 ROWS = [
-    {"errors", "core", "version", "nests", "nodes"},
+    {"errors", "core", "version", "nests", "nodes", "processes"},
     {"capture", "graph", "labels", "propagation", "rules"},
     {"groups"},
-    {"views", "criteria"},
+    {"interpreter"},
+    {"views", "statistics", "criteria"},
     {"scores"},
     {"costs", "operations", "counting", "budgets", "allocation"},
     {"plans", "plan_checks", "plan_schema"},
@@ -27,12 +28,13 @@ ROWS = [
     {"artifact"},
     {"report"},
     {"pipeline"},
+    {"schedules"},
     {"__init__"},
-    {"zoo", "recipes", "demo", "cli", "cli_models", "cli_output", "__main__"},
+    {"zoo", "recipes", "demo", "cli", "cli_models", "cli_output", "cli_training", "__main__"},
 ]
 RANK = {name: rank for rank, row in enumerate(ROWS) for name in row}
-HEAVY = """accelerate hypothesis jinja2 matplotlib onnx onnxruntime onnxscript pandas pydantic rich scipy sklearn timm
-torchvision typer"""
+HEAVY = """accelerate hypothesis jinja2 matplotlib onnx onnxruntime onnxscript pandas pydantic rich scipy sklearn
+tensorboard timm torchvision typer yaml"""
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

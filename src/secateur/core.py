@@ -6,9 +6,9 @@ tensors; removing channel ``c`` of a group removes ``positions[c]`` along ``axis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -128,3 +128,15 @@ class Measurement:
 
 Evaluate = Callable[[torch.nn.Module], float]
 """The user's own measure of quality: a model in eval mode to a number, higher is better."""
+
+
+class Epochs(Protocol):
+    """Batches ``(inputs, targets)`` whose order and randomness depend on nothing but the number of the epoch.
+
+    ``epoch(number, start)`` gives this process's part of every batch of that epoch from batch ``start`` on, so that
+    interrupted training goes on where it was; ``len`` is the number of batches in an epoch, the same in every process.
+    """
+
+    def __len__(self) -> int: ...
+
+    def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Any, torch.Tensor]]: ...
