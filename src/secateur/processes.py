@@ -54,7 +54,7 @@ def wait_for_all() -> None:
 
 
 def part(count: int) -> slice:
-    """The part of ``count`` things that is this process's: consecutive, as even as can be, nothing left out or doubled."""
+    """This process's part of ``count`` things: consecutive, as even as can be, nothing left out or doubled."""
     return slice(count * rank() // world(), count * (rank() + 1) // world())
 
 
