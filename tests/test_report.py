@@ -1,6 +1,7 @@
 """The HTML report: complete, self-contained, and right in its arithmetic."""
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import nn
 from secateur.errors import BadArtifact
 from secateur.operations import Layer
 from secateur.report import Report, Row, environment, filter_norms, layer_rows, render, write_report
+from secateur.report.content import Curve
 from secateur.report.page import change, short_bytes, short_count
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -84,6 +86,24 @@ def test_page_says_what_happened() -> None:
     assert "b<i>" not in text
     for expected in ("−58.3 %", "2.00 ×", "−2.00 points", "16 → 12", "97.00 %", "1.0e-16", "secateur demo", "3,000"):
         assert expected in text, expected
+
+
+def test_the_row_it_was_all_for_is_compared() -> None:
+    report = replace(example(), rows=[*example().rows, Row("scratch", 125, 1250, 0.5)])
+    assert "−49.00 points" in render(report)
+    assert "−2.00 points" in render(replace(report, final="pruned"))
+
+
+def test_curves_of_every_training_are_drawn() -> None:
+    curves = [Curve("dense", [2.0, 1.0, 0.5], [0.25, None, 0.75]), Curve("fine-<i>tuned", [0.5], [None])]
+    text = render(replace(example(), curves=curves))
+    assert text.count("<svg") == 4
+    assert "fine-&lt;i&gt;tuned" in text
+    assert "validation accuracy, %" in text
+    parser = Balanced()
+    parser.feed(text)
+    assert not parser.open
+    assert len(parser.ids) == len(set(parser.ids))
 
 
 def test_page_follows_the_readers_theme() -> None:

@@ -43,17 +43,31 @@ class LayerRow:
 
 
 @dataclass(frozen=True)
+class Curve:
+    """How one training went, an entry an epoch: mean training loss, and accuracy on the validation images (a fraction,
+    None where it was not taken)."""
+
+    name: str
+    loss: Sequence[float]
+    accuracy: Sequence[float | None]
+
+
+@dataclass(frozen=True)
 class Report:
-    """All that one page tells. The first of ``rows`` is the dense network, and the others are compared with it.
+    """All that one page tells. The first of ``rows`` is the dense network; the row named ``final`` (the last, if none
+    is named) is the one it was all for, and is compared with it.
 
     ``norms``: layer -> norms of its filters, sorted from the largest and divided by it (Li et al. 2017, figure 2a).
-    ``law``, ``facts`` and ``environment`` are shown as they are, name beside value.
+    ``curves``: every training of the run, in its order. ``law``, ``facts`` and ``environment`` are shown as they are,
+    name beside value.
     """
 
     title: str
     rows: Sequence[Row]
     layers: Sequence[LayerRow]
     norms: Mapping[str, np.ndarray]
+    final: str = ""
+    curves: Sequence[Curve] = ()
     law: Mapping[str, str] = field(default_factory=dict)
     facts: Mapping[str, str] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)

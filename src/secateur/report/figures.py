@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from secateur.errors import MissingExtra
-from secateur.report.content import LayerRow, Row
+from secateur.report.content import Curve, LayerRow, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -94,6 +94,33 @@ def norms_figure(norms: Mapping[str, np.ndarray]) -> str:
     return _svg(figure, "norms", "Sorted normalised filter norms of each layer")
 
 
+def curves_figure(curves: Sequence[Curve]) -> str:
+    """Loss and validation accuracy over the epochs of every training, side by side in one picture."""
+    from matplotlib import colormaps
+
+    figure, left = _canvas(3.4, 2.7)
+    right = figure.add_axes((1.24, 0, 1, 1))
+    _plain(right)
+    shades = colormaps["viridis"](np.linspace(0.25, 0.88, max(len(curves), 2)))
+    for curve, shade in zip(curves, shades, strict=False):
+        epochs = np.arange(1, len(curve.loss) + 1)
+        marks: dict[str, Any] = {"color": tuple(shade), "linewidth": 1.5, "marker": "o", "markersize": 3}
+        left.plot(epochs, curve.loss, label=curve.name, **marks)
+        taken = [(epoch, 100 * a) for epoch, a in zip(epochs, curve.accuracy, strict=True) if a is not None]
+        right.plot([epoch for epoch, _ in taken], [a for _, a in taken], **marks)
+    longest = max((len(curve.loss) for curve in curves), default=1)
+    for axes, label in ((left, "training loss"), (right, "validation accuracy, %")):
+        axes.set_xlim(0.8, longest + 0.2)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(label)
+        axes.grid(color=FAINT, linewidth=0.7)
+    left.legend(
+        frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, fontsize=8, labelcolor=INK, borderpad=0
+    )
+    return _svg(figure, "curves", "Loss and accuracy of each training, epoch by epoch")
+
+
 def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
     """A figure whose axes measure ``width`` by ``height`` inches (96 pixels each), without background or box."""
     try:
@@ -102,6 +129,11 @@ def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
         raise MissingExtra("a report needs matplotlib\n  do: pip install 'secateur[report]'") from error
     figure = Figure(figsize=(width, height), dpi=72)
     axes = figure.add_axes((0, 0, 1, 1))
+    _plain(axes)
+    return figure, axes
+
+
+def _plain(axes: Axes) -> None:
     axes.set_axisbelow(True)
     axes.patch.set_visible(False)
     for side, spine in axes.spines.items():
@@ -110,7 +142,6 @@ def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
     axes.tick_params(colors=INK, labelsize=9)
     axes.xaxis.label.set_color(INK)
     axes.yaxis.label.set_color(INK)
-    return figure, axes
 
 
 def _svg(figure: Figure, name: str, title: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from secateur.errors import BadArtifact, MissingExtra
 from secateur.report.content import Report, Row
-from secateur.report.figures import accuracy_figure, norms_figure, widths_figure
+from secateur.report.figures import accuracy_figure, curves_figure, norms_figure, widths_figure
 
 
 def write_report(path: str | Path, report: Report) -> Path:
@@ -48,6 +48,13 @@ def render(report: Report) -> str:
         ("Accuracy", "Of the same test images, none of which was seen in training.", accuracy_figure(report.rows))
         if any(row.accuracy is not None for row in report.rows)
         else None,
+        (
+            "Training",
+            "Every training of the run: the loss it was trained on, and the accuracy on images held out for choosing.",
+            curves_figure(report.curves),
+        )
+        if report.curves
+        else None,
         ("Width of every layer", "Output channels in the network's order.", widths_figure(report.layers))
         if report.layers
         else None,
@@ -61,11 +68,11 @@ def render(report: Report) -> str:
         else None,
     ]
     page = engine.get_template("page.html.j2")
+    final = next((row for row in report.rows if row.name == report.final), report.rows[-1])
     return page.render(
         report=report,
-        dense=report.rows[0],
-        final=report.rows[-1],
-        cards=cards(report.rows[0], report.rows[-1]),
+        final=final,
+        cards=cards(report.rows[0], final),
         figures=[figure for figure in figures if figure],
         total_macs=sum(row.macs[0] for row in report.layers),
         total_params=sum(row.params[0] for row in report.layers),
