@@ -7,7 +7,7 @@ import torch
 
 from secateur import demo
 from secateur.artifact import load
-from secateur.recover import Recipe
+from secateur.recover import Training
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_whole_demo_cut_short(
 ) -> None:
     monkeypatch.setattr(demo, "SIZE", 8)
     monkeypatch.setenv("COLUMNS", "80")
-    rows = demo.run(tmp_path / "out", training=Recipe(epochs=2, lr=0.1), tuning=Recipe(epochs=1, lr=0.05))
+    rows = demo.run(tmp_path / "out", training=Training(epochs=2, lr=0.1), tuning=Training(epochs=1, lr=0.05))
     assert [row.name for row in rows] == ["dense", "pruned", "pruned + fine-tuned"]
     dense, pruned, tuned = rows
     assert 0.495 * dense.macs <= pruned.macs <= 0.5 * dense.macs

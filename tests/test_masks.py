@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import secateur as sc
 from law import relative_error, to_double, zero_readers
 from networks.common import Apply, Sandwich, randomise, tensor
-from secateur.masks import _group_norm, cut
+from secateur.interpreter import _group_norm, cut
 
 X = to_double(tensor(2, 3, 6, 6))
 

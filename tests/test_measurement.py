@@ -1,4 +1,4 @@
-"""Accuracy, latency and training: what they give, what they leave alone, and what they refuse."""
+"""Accuracy and latency: what they give, what they leave alone, and what they refuse."""
 
 import copy
 import time
@@ -10,8 +10,6 @@ from torch import nn
 from secateur.errors import BadRequest
 from secateur.graph import trace
 from secateur.measurement import accuracy, inference_runs, interleaved_latency_ms, measure
-from secateur.recover import Recipe, fit_
-from secateur.recover.training import rate
 
 
 def net() -> nn.Sequential:
@@ -128,60 +126,3 @@ def test_onnxruntime_runs_the_same_network() -> None:
         out = runs["net"]()
     assert isinstance(out, list)
     torch.testing.assert_close(torch.from_numpy(out[0]), model(inputs).detach(), rtol=1e-5, atol=1e-5)
-
-
-def test_fit_learns_and_keeps_the_best() -> None:
-    model, data = net(), blobs()
-    scores = iter([0.1, 0.9, 0.9, 0.2])
-    states: list[dict[str, torch.Tensor]] = []
-
-    def evaluate(m: nn.Module) -> float:
-        states.append(copy.deepcopy(m.state_dict()))
-        return next(scores)
-
-    steps: list[int] = []
-    history = fit_(
-        model,
-        data,
-        Recipe(epochs=4, keep="best", label_smoothing=0.1),
-        evaluate=evaluate,
-        progress=lambda done, total, loss: steps.append(done) if total == 12 and loss > 0 else None,
-    )
-    assert [epoch.score for epoch in history] == [0.1, 0.9, 0.9, 0.2]
-    assert steps == list(range(1, 13))
-    assert all(torch.equal(states[1][k], v) for k, v in model.state_dict().items())
-    assert not model.training
-
-
-def test_fit_reaches_full_accuracy_and_is_reproducible() -> None:
-    first, second = net(), net()
-    torch.manual_seed(99)
-    state = torch.random.get_rng_state()
-    for model in (first, second):
-        fit_(model, blobs(), Recipe(epochs=12, schedule="one-cycle"))
-    assert accuracy(first, blobs()) == 1.0
-    assert torch.equal(first[0].weight, second[0].weight)
-    assert torch.equal(torch.random.get_rng_state(), state)
-
-
-def test_schedules() -> None:
-    cosine, cycle = Recipe(lr=0.4), Recipe(lr=0.4, schedule="one-cycle")
-    assert [rate(cosine, f) for f in (0, 0.5, 1)] == pytest.approx([0.4, 0.2, 0])
-    assert [rate(cycle, f) for f in (0, 0.3, 1)] == pytest.approx([0.016, 0.4, 0])
-    assert rate(Recipe(lr=0.4, schedule="constant"), 0.9) == 0.4
-
-
-@pytest.mark.parametrize(
-    ("recipe", "data", "match"),
-    [
-        (Recipe(epochs=0), blobs(), "epochs=0"),
-        (Recipe(keep="best"), blobs(), "nothing to choose by"),
-        (Recipe(), iter(blobs()), "read only once"),
-        (Recipe(), [], "no batches"),
-        (Recipe(schedule="cosin"), blobs(), "did you mean 'cosine'"),  # type: ignore[arg-type]
-        (Recipe(lr=1e30, epochs=3), blobs(), "lower lr"),
-    ],
-)
-def test_fit_refuses(recipe: Recipe, data: list[object], match: str) -> None:
-    with pytest.raises(BadRequest, match=match):
-        fit_(net(), data, recipe)

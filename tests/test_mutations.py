@@ -21,7 +21,7 @@ import secateur as sc
 from law import call as run
 from law import prepared, random_ratios, relative_error, to_double, zero_readers
 from networks.common import Apply, Sandwich, randomise, tensor
-from secateur import masks, rewrites, surgery
+from secateur import interpreter, masks, rewrites, surgery
 from secateur.labels import on_axis
 from secateur.propagation import Call
 from secateur.rules import RULES, contraction, elementwise, movement, norms
@@ -256,7 +256,7 @@ MUTATIONS: dict[str, Mutation] = {
     "attention scale follows the width": Mutation("attention", _scale_forgotten),
     "rewrite picks the next channel": Mutation("roll", _attribute(rewrites, "_pick_again", _next_number), seeds=(2, 3)),
     "rewrite splits at half of the new width": Mutation("split", _split_forgotten, seeds=(1, 3)),
-    "readers read removed channels": Mutation("plain", _attribute(masks, "_zeroed", lambda value, _: value)),
+    "readers read removed channels": Mutation("plain", _attribute(interpreter, "_zeroed", lambda value, _: value)),
     "conv is no reader": Mutation("plain", _attribute(Call, "mark_reader", lambda self: None)),
 }
 

@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from secateur.cli import app
+from secateur.zoo.torchvision_shim import import_torchvision
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,11 +30,18 @@ def test_python_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert (tmp_path / "resnet20-half" / "model.safetensors").is_file()
 
 
+@pytest.mark.filterwarnings("ignore:torchvision .* does not fit:UserWarning", "ignore::Warning:pytorch_lightning")
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning", "ignore:.*num_workers:UserWarning")
 @pytest.mark.parametrize("document", sorted((ROOT / "docs").glob("*.md")), ids=lambda p: p.stem)
 def test_documents_run(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Python of a document runs from its top to its end, as one session."""
     monkeypatch.chdir(tmp_path)
-    for source in re.findall(r"^```python\n(.*?)^```$", document.read_text(), re.DOTALL | re.MULTILINE):
-        exec(compile(source, document.name, "exec"), {"__name__": "document"})
+    text = document.read_text()
+    if "pytorch_lightning" in text:  # which imports torchvision where it is installed, and dies of mismatched wheels
+        import_torchvision()
+    session: dict[str, object] = {"__name__": "document"}
+    for source in re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+        exec(compile(source, document.name, "exec"), session)
 
 
 def test_command_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

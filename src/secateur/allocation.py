@@ -53,8 +53,8 @@ def allocate(
     """
     _check_request(groups, scores, ratios, budget, allocation)
     min_channels, round_to = _bounds(budget, min_channels, round_to)
-    excluded = _excluded(groups, exclude, locked)
-    fixed = _fixed_widths(groups, ratios, locked)
+    excluded = excluded_groups(groups, exclude, locked)
+    fixed = fixed_widths(groups, ratios, locked)
     ladder = ladder_of(groups, min_channels, round_to)
     width = np.array([g.channels for g in groups], dtype=np.int64)
     free = np.ones(len(groups), dtype=bool)
@@ -162,13 +162,13 @@ def _matches(
     return found
 
 
-def _excluded(groups: Sequence[Group], exclude: str | Sequence[str], locked: Sequence[Group]) -> set[str]:
+def excluded_groups(groups: Sequence[Group], exclude: str | Sequence[str], locked: Sequence[Group]) -> set[str]:
     """The names of the free groups that keep everything. To exclude what is locked anyway is no mistake."""
     patterns = (exclude,) if isinstance(exclude, str) else exclude
     return {g.name for pattern in patterns for g in _matches(pattern, groups, locked, "exclude")[0]}
 
 
-def _fixed_widths(
+def fixed_widths(
     groups: Sequence[Group], ratios: float | Mapping[str, float] | None, locked: Sequence[Group]
 ) -> dict[str, float]:
     """``{group name: ratio or width}`` of the groups that ``ratios`` speaks of."""

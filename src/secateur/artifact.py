@@ -31,7 +31,7 @@ from secateur.core import Measurement
 from secateur.errors import BadArtifact, BadPlan, BadRequest, WrongModel
 from secateur.graph import unwrap
 from secateur.plan_checks import plain
-from secateur.plans import Plan, check_model, check_pruned, named_tensors, transient
+from secateur.plans import Plan, added_biases, check_model, check_pruned, named_tensors, transient
 from secateur.surgery import rebuild, record
 from secateur.version import __version__
 
@@ -140,10 +140,10 @@ def _tensors(small: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
                 f"{name!r} ({type(value).__name__}) is no tensor but extra state of a module, which only a pickle "
                 "could hold, and secateur writes none\n  do: drop get_extra_state from the module, or keep it elsewhere"
             )
-    applied = record(small)
+    applied, known = record(small), plan.model.keys() | added_biases(plan)
     for name, tensor in _lasting(small).items():
         # the tables of a network that was returned as a graph are computed again
-        if name not in plan.model and (isinstance(tensor, nn.Parameter) or applied is None or applied.tier != "graph"):
+        if name not in known and (isinstance(tensor, nn.Parameter) or applied is None or applied.tier != "graph"):
             raise WrongModel(
                 f"tensor {name!r} {list(tensor.shape)} of the network to be saved is unknown to the plan's network\n"
                 "  do: save what was added after pruning on its own: it could not be rebuilt from the dense network"
@@ -152,7 +152,7 @@ def _tensors(small: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
     return {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in _lasting(small).items()
-        if name in plan.model
+        if name in known
     }
 
 
@@ -164,7 +164,8 @@ def _lasting(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _fill(small: nn.Module, plan: Plan, path: Path) -> None:
     """Set every tensor of ``small`` to the one of its name in the file, which must hold these and no others."""
-    targets = {name: tensor for name, tensor in _lasting(small).items() if name in plan.model}
+    known = plan.model.keys() | added_biases(plan)
+    targets = {name: tensor for name, tensor in _lasting(small).items() if name in known}
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118

@@ -17,6 +17,8 @@ from secateur.groups import Coupling
 from secateur.nodes import module_stack, named_args, op_name
 from secateur.rewrites import Note
 
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
 
 def correct_modules(dense: nn.Module, small: nn.Module) -> None:
     """Set ``out_channels``, ``in_features``, ``num_features`` ... of every torch module to its weights' new shape."""
@@ -96,6 +98,33 @@ def bare_norm_edits(coupling: Coupling, class_keep: torch.Tensor) -> tuple[Edit,
         if mask is not None and isinstance(coupling.graph.model.get_submodule(stack[-1][0]), _NormBase):
             found.append(Edit("attribute", stack[-1][0], "num_features", int(mask.sum())))
     return tuple(found)
+
+
+def add_biases_(small: nn.Module, edits: Sequence[Edit]) -> None:
+    """Carry out the edits of kind ``bias``: layers of torch's own kinds get one, of zeros, that learns if their weight
+    does. Raises ``WrongModel`` if the layer is gone, ``BadPlan`` if it can have none or is of another width."""
+    for edit in edits:
+        if edit.kind != "bias":
+            continue
+        try:
+            layer: Any = small.get_submodule(edit.target)
+        except AttributeError as error:
+            raise WrongModel(f"the plan adds a bias to {edit.target!r}, which this model does not have") from error
+        width: int = getattr(layer, "out_features", 0) or getattr(layer, "out_channels", 0)
+        if not takes_bias(layer) or width != edit.value:
+            raise BadPlan(
+                f"the plan adds a bias of {edit.value} to {edit.target!r}, no layer without bias of that width\n"
+                "  do: do not use this plan unless you trust where it came from; plan again"
+            )
+        weight: torch.Tensor = layer.weight
+        zeros = torch.zeros(width, dtype=weight.dtype, device=weight.device)
+        layer.bias = nn.Parameter(zeros, requires_grad=weight.requires_grad)
+
+
+def takes_bias(layer: nn.Module) -> bool:
+    """Whether ``layer`` is a convolution or linear layer without bias whose forward, torch's own, would add one."""
+    plain = any(type(layer).forward is kind.forward for kind in _LAYERS if isinstance(layer, kind))
+    return plain and getattr(layer, "bias", 0) is None and isinstance(_weight(layer), nn.Parameter)
 
 
 def _integers(value: Any) -> bool:

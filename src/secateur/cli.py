@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 import secateur as sc
 from secateur import cli_output as show
+from secateur import cli_training
 from secateur.artifact import save
 from secateur.cli_models import (
     Source,
@@ -271,6 +272,9 @@ def export(
         f"{output}: {show.short_bytes(written.bytes)}, opset {written.opset}, "
         f"largest difference to torch {written.max_difference:.1e}"
     )
+
+
+cli_training.register(app)
 
 
 def _open(source: Source) -> Subject:

@@ -9,7 +9,17 @@ from typing import Any
 from rich.box import HEAVY_HEAD, SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from secateur.core import Group
@@ -49,10 +59,19 @@ def working(text: str) -> Iterator[None]:
 
 
 @contextmanager
-def bar(text: str, total: int | None = None) -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar on stderr: call what it gives with (done, total, what to say beside it)."""
-    columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(28), MofNCompleteColumn()]
-    with Progress(*columns, TextColumn("{task.fields[note]}"), TimeElapsedColumn(), console=err()) as progress:
+def bar(text: str, total: int | None = None, *, passing: bool = False) -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar on stderr: call what it gives with (done, total, what to say beside it). ``passing``: it shows how
+    long it will still take, vanishes at the end, and is there on a terminal only."""
+    columns: list[ProgressColumn] = [SpinnerColumn(), TextColumn("{task.description}")]
+    if passing:
+        columns += [BarColumn(28 if err().width >= 130 else 6), TaskProgressColumn(), TimeRemainingColumn()]
+    else:
+        columns += [BarColumn(28), MofNCompleteColumn()]
+    columns += [TextColumn("{task.fields[note]}"), *([] if passing else [TimeElapsedColumn()])]
+    console = err()
+    with Progress(
+        *columns, console=console, transient=passing, disable=passing and not console.is_terminal
+    ) as progress:
         task = progress.add_task(text, total=total, note="")
 
         def update(done: int, total: int, note: str = "") -> None:
@@ -190,6 +209,7 @@ def _percent(part: float, whole: float) -> str:
 __all__ = [
     "bar",
     "err",
+    "escape",
     "groups_json",
     "groups_table",
     "key_values",

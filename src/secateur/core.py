@@ -104,7 +104,8 @@ class Edit:
 
     ``kind="attribute"``: on the module ``target`` the integer, or tuple of integers, ``name`` becomes ``value``.
     ``kind="graph"``: the captured graph with its constants recomputed stands for the user's module (no target).
-    Later kinds (an added bias, a scatter add, a pooled head, a stripe convolution) are reserved.
+    ``kind="bias"``: the convolution or linear layer ``target``, which had no bias, has one of ``value`` zeros, as many
+    as the pruned layer has outputs. Later kinds (a scatter add, a pooled head, a stripe convolution) are reserved.
     """
 
     kind: str

@@ -13,7 +13,7 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,14 +27,14 @@ from secateur.cli_output import bar, key_values, networks_table, out, say, worki
 from secateur.errors import BadArtifact, MissingExtra
 from secateur.measurement import accuracy, interleaved_latency_ms, onnx_run
 from secateur.onnx_file import export_onnx
-from secateur.recover import Recipe, fit_
+from secateur.recover import Run, Training, fit_
 from secateur.report import Report, Row, environment, filter_norms, layer_rows, write_report
 from secateur.zoo.names import build
 
 MODEL = "zoo:resnet20"
 SIZE = 16
-TRAINING = Recipe(epochs=12, lr=0.1, schedule="one-cycle", label_smoothing=0.1)
-TUNING = Recipe(epochs=8, lr=0.05, schedule="one-cycle", label_smoothing=0.1)
+TRAINING = Training(epochs=12, lr=0.1, schedule="one-cycle", label_smoothing=0.1)
+TUNING = Training(epochs=8, lr=0.05, schedule="one-cycle", label_smoothing=0.1)
 
 
 HOW = {
@@ -80,7 +80,7 @@ class Digits:
     test: Batches
 
 
-def run(folder: Path, *, seed: int = 0, training: Recipe = TRAINING, tuning: Recipe = TUNING) -> list[Row]:
+def run(folder: Path, *, seed: int = 0, training: Training = TRAINING, tuning: Training = TUNING) -> list[Row]:
     """The demonstration. Writes weights, plan, ONNX files and ``report.html`` to ``folder``; returns the table's rows.
 
     Raises MissingExtra where an optional package is missing, before anything is trained.
@@ -134,19 +134,19 @@ def load_digits(seed: int = 0) -> Digits:
     )
 
 
-def train(data: Digits, recipe: Recipe, seed: int) -> nn.Module:
+def train(data: Digits, how: Training, seed: int) -> nn.Module:
     """The dense network, trained from random weights."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = build(MODEL)
-    _fit(model, data, recipe, "training the dense network")
+    _fit(model, data, how, "training the dense network")
     return model
 
 
-def fine_tune(pruned: nn.Module, data: Digits, recipe: Recipe, seed: int) -> nn.Module:
+def fine_tune(pruned: nn.Module, data: Digits, how: Training, seed: int) -> nn.Module:
     """A copy of the pruned network, trained a little more."""
     model = copy.deepcopy(pruned)
-    _fit(model, data, recipe, "fine-tuning the pruned one ")
+    _fit(model, data, how, "fine-tuning the pruned one ")
     return model
 
 
@@ -184,7 +184,7 @@ def compare(models: dict[str, nn.Module], files: dict[str, Path], test: Batches,
     return rows
 
 
-def _fit(model: nn.Module, data: Digits, recipe: Recipe, text: str) -> None:
+def _fit(model: nn.Module, data: Digits, how: Training, text: str) -> None:
     with bar(text) as update:
         seen = {"validation": 0.0}
 
@@ -192,11 +192,11 @@ def _fit(model: nn.Module, data: Digits, recipe: Recipe, text: str) -> None:
             seen["validation"] = accuracy(net, data.validation)
             return seen["validation"]
 
-        def progress(done: int, total: int, loss: float) -> None:
-            update(done, total, f"loss {loss:.3f}  validation {100 * seen['validation']:.1f} %")
+        def progress(done: int, total: int, facts: Mapping[str, float]) -> None:
+            update(done, total, f"loss {facts['loss']:.3f}  validation {100 * seen['validation']:.1f} %")
 
-        history = fit_(model, data.train, recipe, evaluate=evaluate, progress=progress)
-        steps = recipe.epochs * len(data.train)
+        history = fit_(model, data.train, how, evaluate=evaluate, run=Run(progress=progress, cpu=True))
+        steps = how.epochs * len(data.train)
         update(steps, steps, f"loss {history[-1].loss:.3f}  validation {100 * seen['validation']:.1f} %")
 
 

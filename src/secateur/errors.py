@@ -9,6 +9,8 @@
     ├── BadPlan            a plan is malformed, hand-edited or hostile
     ├── WrongModel         a plan or file belongs to another network; names the first tensor that differs
     ├── BadArtifact        a saved folder is missing, truncated or cannot be written
+    ├── BadData            images or labels are damaged; names the file
+    │   └── MissingData    a data set is not there; says where it was looked for and how to get it
     └── MissingExtra       an optional package is needed; says how to install it
 
 ``SecateurWarning`` is for what is lost without being wrong.
@@ -60,6 +62,14 @@ class WrongModel(SecateurError):
 
 class BadArtifact(SecateurError):
     """A saved folder that is missing, damaged or cannot be written."""
+
+
+class BadData(SecateurError):
+    """Images or labels that are damaged or contradict each other."""
+
+
+class MissingData(BadData):
+    """A data set that is not there, or only a part of it."""
 
 
 class MissingExtra(SecateurError, ImportError):

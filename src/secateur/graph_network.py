@@ -17,7 +17,8 @@ import torch
 from torch import fx, nn
 
 from secateur.capture import canonical_names
-from secateur.masks import CASTS, register
+from secateur.interpreter import CASTS
+from secateur.masks import register
 from secateur.nests import InputOrder, unflatten
 from secateur.nodes import module_stack, op_name
 from secateur.rewrites import Rewritten

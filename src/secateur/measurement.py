@@ -28,6 +28,7 @@ from secateur.errors import BadRequest, MissingExtra, nearest
 from secateur.graph import Graph, Inputs, as_arguments
 from secateur.nests import flatten
 from secateur.onnx_file import export_onnx
+from secateur.processes import sum_over_processes_
 
 Engine = Literal["torch", "onnxruntime"]
 ENGINES: tuple[Engine, ...] = ("torch", "onnxruntime")
@@ -77,11 +78,12 @@ def measure(
     )
 
 
-def accuracy(model: nn.Module, data: Iterable[Any]) -> float:
+def accuracy(model: nn.Module, data: Iterable[Any], *, reduce: bool = False) -> float:
     """The fraction, 0 to 1, of samples whose highest score is that of their class (top-1), in eval mode.
 
     ``data`` yields ``(inputs, targets)``: inputs as ``example_inputs`` are given, targets ``[B]`` int64; the model
-    returns scores ``[B, K]``. Raises BadRequest where it does not, or where there are no samples.
+    returns scores ``[B, K]``. With ``reduce`` every process of several passes its own part of the data, and all get
+    the fraction of the whole. Raises BadRequest where the model does not, or where there are no samples.
     """
     right = total = 0
     device = _device(model)
@@ -103,6 +105,10 @@ def accuracy(model: nn.Module, data: Iterable[Any]) -> float:
                 )
             right += int((scores.argmax(1).cpu() == targets.cpu()).sum())
             total += len(targets)
+    if reduce:
+        counts = torch.tensor([right, total], device=device)
+        sum_over_processes_([counts])
+        right, total = (int(count) for count in counts)
     if not total:
         raise BadRequest("data has no batches (an iterator that was read before?)\n  do: pass a DataLoader or a list")
     return right / total

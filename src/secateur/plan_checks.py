@@ -7,7 +7,7 @@ its plain form (tuples of Python ints, read-only masks, copies of JSON values).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -21,7 +21,7 @@ from secateur.errors import BadPlan, nearest
 Shape = tuple[int, ...]
 
 ROLES = ("writes", "reads", "scales", "follows")
-EDIT_KINDS = ("attribute", "graph")
+EDIT_KINDS = ("attribute", "graph", "bias")
 LARGEST_AXIS = 2**24
 """The longest tensor axis that may carry channels: anything beyond it is a damaged or hostile file."""
 DEEPEST = 20
@@ -149,6 +149,11 @@ def weight_of(conv: str) -> str:
     return f"{conv}.weight" if conv else "weight"
 
 
+def bias_of(layer: str) -> str:
+    """The name of the bias of the module ``layer``."""
+    return f"{layer}.bias" if layer else "bias"
+
+
 def stripe(name: str, mask: object, model: Mapping[str, Shape]) -> np.ndarray:
     """A read-only copy of a mask ``[O, K, L]`` over the filters of the convolution ``name``."""
     where = f"stripes[{name!r}]"
@@ -168,8 +173,8 @@ def stripe(name: str, mask: object, model: Mapping[str, Shape]) -> np.ndarray:
 def edit_of(index: int, edit: Edit) -> Edit:
     """An edit of a known kind, with a plain value.
 
-    ``attribute`` sets the integer, or tuple of integers, ``name`` of the module ``target``; ``graph`` stands alone: the
-    pruned network is the captured graph.
+    ``attribute`` sets the integer, or tuple of integers, ``name`` of the module ``target``; ``bias`` gives the module
+    ``target`` a bias of length ``value``; ``graph``: the pruned network is the captured graph.
     """
     where = f"edits[{index}]"
     if not isinstance(edit, Edit):
@@ -181,6 +186,10 @@ def edit_of(index: int, edit: Edit) -> Edit:
         return edit
     if not isinstance(edit.target, str):
         raise BadPlan(f"{where}.target: a module's name is needed, not {edit.target!r}")
+    if edit.kind == "bias":
+        if edit.name != "" or type(edit.value) is not int or not 1 <= edit.value <= LARGEST_AXIS:
+            raise BadPlan(f"{where}: a bias edit has no name, and its value is a length from 1 to {LARGEST_AXIS}")
+        return edit
     if not isinstance(edit.name, str) or not edit.name.isidentifier() or edit.name.startswith("_"):
         raise BadPlan(f"{where}.name: an attribute's name is needed, not {edit.name!r}")
     value = tuple(edit.value) if isinstance(edit.value, (list, tuple)) else edit.value
@@ -188,6 +197,18 @@ def edit_of(index: int, edit: Edit) -> Edit:
         if type(number) is not int or abs(number) >= 2**63:
             raise BadPlan(f"{where}.value: an integer or a list of integers is needed, not {edit.value!r}")
     return replace(edit, value=value)
+
+
+def check_biases(edits: Sequence[Edit], model: Mapping[str, Shape]) -> None:
+    """Every bias that is added stands beside a weight, where none was; a captured graph has no place for one."""
+    targets = [edit.target for edit in edits if edit.kind == "bias"]
+    for target in targets:
+        if len(model.get(weight_of(target), ())) < 2:
+            raise BadPlan(f"edits: the model has no layer {target!r} with a weight, which a bias could be added to")
+        if bias_of(target) in model or targets.count(target) > 1:
+            raise BadPlan(f"edits: {target!r} has a bias, and no second one can be added")
+    if targets and any(edit.kind == "graph" for edit in edits):
+        raise BadPlan(f"edits: a bias is added to {targets[0]!r}, but the pruned network is a captured graph")
 
 
 def inputs_of(inputs: object) -> dict[str, Any]:

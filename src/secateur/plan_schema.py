@@ -64,7 +64,7 @@ class _Group(_Strict):
 
 
 class _Edit(_Strict):
-    kind: Literal["attribute", "graph"]
+    kind: Literal["attribute", "graph", "bias"]
     target: Name
     name: Name
     value: int | list[int] | None

@@ -82,6 +82,7 @@ class Plan:
         }
         checks.one_of("residual", self.residual, RESIDUALS)
         edits = tuple(checks.edit_of(index, edit) for index, edit in enumerate(self.edits))
+        checks.check_biases(edits, model)
         values: dict[str, Any] = {
             "groups": groups,
             "keep": {name: keep[name] for name in names},
@@ -160,7 +161,12 @@ def pruned_shapes(plan: Plan) -> dict[str, Shape]:
         for axis, positions in axes.items():
             shape[axis] = len(positions)
         shapes[tensor] = tuple(shape)
-    return shapes
+    return shapes | {name: (length,) for name, length in added_biases(plan).items()}
+
+
+def added_biases(plan: Plan) -> dict[str, int]:
+    """``{tensor: length}`` of the biases that the pruned network has and the dense one has not."""
+    return {checks.bias_of(e.target): e.value for e in plan.edits if e.kind == "bias" and isinstance(e.value, int)}
 
 
 def fingerprint(model: nn.Module) -> dict[str, Shape]:
@@ -243,12 +249,14 @@ def compose(first: Plan, second: Plan) -> Plan:
     check_pruned(first, second.model, also=cut, who=("the once pruned network", "the second plan's network"))
     before = first.kept()
     final = {tensor: dict(axes) for tensor, axes in before.items()}
-    for tensor, axes in second.kept().items():
-        for axis, positions in axes.items():
+    added, later = added_biases(first), second.kept()
+    for tensor, axes in later.items():
+        for axis, positions in axes.items() if tensor not in added else ():
             earlier = before.get(tensor, {}).get(axis)
             final.setdefault(tensor, {})[axis] = positions if earlier is None else earlier[positions]
     keep = {group.name: _surviving(group, final, first.model) for group in first.groups}
-    edits = {(edit.kind, edit.target, edit.name): edit for edit in (*first.edits, *second.edits)}
+    shrunk = tuple(_shrunk(edit, later) if edit.kind == "bias" else edit for edit in first.edits)
+    edits = {(edit.kind, edit.target, edit.name): edit for edit in (*shrunk, *second.edits)}
     result = replace(
         first,
         keep=keep,
@@ -260,6 +268,12 @@ def compose(first: Plan, second: Plan) -> Plan:
     )
     _same_cuts(result.kept(), final)
     return result
+
+
+def _shrunk(bias: Edit, later: Mapping[str, Mapping[int, np.ndarray]]) -> Edit:
+    """An added bias after another round of pruning."""
+    axes = later.get(checks.bias_of(bias.target), {})
+    return replace(bias, value=len(axes[0])) if axes else bias
 
 
 def input_specs(args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> dict[str, Any]:

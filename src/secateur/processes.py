@@ -8,7 +8,7 @@ there were. Every function but ``rank``, ``world`` and ``is_main`` is collective
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed
@@ -45,6 +45,22 @@ def from_main(value: T) -> T:
     box = [value]
     distributed.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def from_main_(tensors: Iterable[torch.Tensor]) -> None:
+    """Replace each tensor, in place, by the main process's."""
+    if _together():
+        for tensor in tensors:
+            distributed.broadcast(tensor, src=0)
+
+
+def gathered(value: T) -> list[T]:
+    """What every process passed, in the order of their ranks (pickled on the way: plain data only)."""
+    if not _together():
+        return [value]
+    box: list[Any] = [None] * world()
+    distributed.all_gather_object(box, value)
+    return box
 
 
 def wait_for_all() -> None:

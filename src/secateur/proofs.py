@@ -19,7 +19,7 @@ from secateur.capture import in_mode
 from secateur.errors import CannotPrune
 from secateur.graph import plain
 from secateur.groups import Coupling
-from secateur.masks import run_masked
+from secateur.interpreter import run_masked
 from secateur.nests import flatten, unflatten
 from secateur.slicing import State
 

@@ -64,9 +64,19 @@ def like(original: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 def keep_attention_scale_(small: nn.Module, coupling: Coupling, class_keep: torch.Tensor) -> None:
     """Attention without an explicit scale divides by the root of the *pruned* width: its queries make up for it."""
-    propagation = coupling.passes[0]
     parameters = dict(small.named_parameters())
+    with torch.no_grad():
+        for name, rows in attention_factors(coupling, class_keep).items():
+            if name in parameters:
+                tensor = parameters[name]
+                tensor.mul_(rows.to(tensor).reshape(-1, *[1] * (tensor.dim() - 1)))
+
+
+def attention_factors(coupling: Coupling, class_keep: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the kept rows of the parameters that write queries are multiplied by, ``name -> [kept rows]``."""
+    propagation = coupling.passes[0]
     roles = propagation.shared.roles()
+    found: dict[str, torch.Tensor] = {}
     for node in propagation.capture.graph.nodes:
         if node.op != "call_function" or op_name(node) != "scaled_dot_product_attention":
             continue
@@ -80,10 +90,12 @@ def keep_attention_scale_(small: nn.Module, coupling: Coupling, class_keep: torc
         factor = (float(mask.sum()) / len(mask)) ** 0.5
         for name, own in coupling.parameters.items():
             written = next((f.reshape(-1) for f in own if f.shape[0] > 1), None)
-            if name not in parameters or written is None or roles.get((name, 0)) != "writes":
+            if written is None or roles.get((name, 0)) != "writes":
                 continue
             rows = torch.isin(written, labels)[class_keep[coupling.classes.free[written]]]
-            with torch.no_grad():
-                for tensor in (parameters[name], parameters.get(name.removesuffix("weight") + "bias")):
-                    if tensor is not None and bool(rows.any()):
-                        tensor[rows.to(tensor.device)] *= factor
+            if bool(rows.any()):
+                rescaled = torch.ones(len(rows), dtype=torch.float64)
+                rescaled[rows] = factor
+                for each in (name, name.removesuffix("weight") + "bias"):
+                    found[each] = found.get(each, 1.0) * rescaled
+    return found

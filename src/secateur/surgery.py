@@ -15,12 +15,13 @@ import torch
 from torch import nn
 
 from secateur import graph_network
-from secateur.attributes import attribute_edits, bare_norm_edits, set_attributes
+from secateur.attributes import add_biases_, attribute_edits, bare_norm_edits, set_attributes
 from secateur.core import Edit
 from secateur.errors import LawBroken, SecateurWarning
 from secateur.graph import Graph, unwrap, with_free_batch, with_train_pass
 from secateur.groups import Coupling
-from secateur.masks import coupling_for, freed, run_masked, same_groups
+from secateur.interpreter import run_masked
+from secateur.masks import coupling_for, freed, same_groups
 from secateur.plans import Plan, check_model, compose
 from secateur.proofs import Proof, casts, difference, prove
 from secateur.rewrites import Rewritten, rewrite
@@ -97,7 +98,8 @@ def rebuild(model: nn.Module, plan: Plan) -> nn.Module:
         check_model(plan, dense)
         small = sliced(dense, plan.kept(), named(dense))
         set_attributes(small, plan.edits)
-        tier = "attributes" if plan.edits else "module"
+        add_biases_(small, plan.edits)
+        tier = "attributes" if _structural(plan.edits) else "module"
     small.__dict__[RECORD] = Applied(replace(plan, graph=None), tier, None)
     return small
 
@@ -106,8 +108,8 @@ def _choose(coupling: Coupling, plan: Plan, check: bool) -> tuple[Way, float | N
     """The first way that passes the check, and by how much it differs."""
     keep = coupling.class_keep(plan.keep)
     rewritten = _rewritten(coupling, keep)
-    changed = rewritten is None or any(r.changed for r in rewritten) or bool(plan.edits)
-    bare = bare_norm_edits(coupling, keep)
+    changed = rewritten is None or any(r.changed for r in rewritten) or bool(_structural(plan.edits))
+    bare = (*bare_norm_edits(coupling, keep), *(edit for edit in plan.edits if edit.kind == "bias"))
     if not check and not changed:
         return Way("module", bare, coupling), None
     proof = prove(coupling, keep)
@@ -155,14 +157,19 @@ def _ways(coupling: Coupling, plan: Plan, rewritten: list[Rewritten] | None, bar
     graph = Way("graph", (Edit("graph", ""),), coupling)
     if any(edit.kind == "graph" for edit in plan.edits):
         return [graph]
-    ways = [Way("attributes", plan.edits, coupling)] if plan.edits else []
+    ways = [Way("attributes", plan.edits, coupling)] if _structural(plan.edits) else []
     ways.append(Way("module", bare, coupling))
     if rewritten is None:
         return ways
     edits = attribute_edits(coupling.graph.model, [note for r in rewritten for note in r.notes])
     if edits:
         ways.append(Way("attributes", (*bare, *edits), coupling))
-    return [*ways, graph]
+    return [*ways, graph] if not any(edit.kind == "bias" for edit in plan.edits) else ways
+
+
+def _structural(edits: tuple[Edit, ...]) -> tuple[Edit, ...]:
+    """The edits that change what the forward computes: an added bias is zero."""
+    return tuple(edit for edit in edits if edit.kind != "bias")
 
 
 def _graph_way(coupling: Coupling, plan: Plan) -> Way:
@@ -193,6 +200,7 @@ def build(way: Way, plan: Plan, dense: nn.Module, state: State) -> nn.Module:
         small = sliced(dense, plan.kept(), state)
         keep_attention_scale_(small, way.coupling, keep)
         set_attributes(small, way.edits)
+        add_biases_(small, way.edits)
         return small
     kept, originals = plan.kept(), named(dense)
     used = {name for c in way.coupling.graph.captures for name in c.names.values()} | set(dense.state_dict())

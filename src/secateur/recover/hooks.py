@@ -24,7 +24,8 @@ State = Mapping[str, "torch.Tensor | int | float | str"]
 class Hooks:
     """``penalty``: a scalar that is added to the loss. ``after_backward``: when the gradients are there, unscaled and
     summed over the processes. ``after_step``: when the optimiser has stepped. ``after_epoch``: when an epoch is over,
-    before it is evaluated. ``state`` and ``restore``: what a resumed run needs to go on as if never interrupted."""
+    before it is evaluated. ``state`` and ``restore``: what a resumed run needs to go on as if never interrupted
+    (tensors come back on the CPU)."""
 
     penalty: Callable[[nn.Module], torch.Tensor] | None = None
     after_backward: Act | None = None

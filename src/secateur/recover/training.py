@@ -1,162 +1,152 @@
-"""A small, honest training loop: SGD with momentum under a schedule, cross-entropy, the best or the last weights.
+"""The training loop: one process or many, any precision, interrupted or not, the same weights come out.
 
-It is enough to train a network on a small set of images and to fine-tune a pruned one, and it is no more than that:
-your own loop is as good, since a pruned network is an ordinary module. "Best" is chosen on the evaluation you pass,
-which must therefore not be the test set.
+Your own loop is as good, since a pruned network is an ordinary module and what methods do inside a loop is ``Hooks``.
+
+In several processes each works on its part of every batch, and its loss is weighted so that the gradients are those of
+the whole batch also where the parts are not even: ``W`` processes give the weights that one gives, to rounding, as long
+as examples do not see each other. Batch norm makes them: its statistics are those of each process's part, so that a
+batch of 256 on 8 processes is normalised in 8 groups of 32 (as in any data-parallel training without synchronised batch
+norm); running statistics are made equal, the main process's, at every checkpoint and at the end of an epoch. Mixup
+mixes within a process's part.
+
+Shapes: ``B`` examples, ``K`` classes.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sized
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 from secateur.core import Evaluate
-from secateur.errors import BadRequest, nearest
+from secateur.errors import BadRequest
+from secateur.processes import rank
+from secateur.recover.accelerated import accelerated, over_processes
+from secateur.recover.checkpoints import resume_
+from secateur.recover.hooks import Hooks
+from secateur.recover.interruption import interruptible
+from secateur.recover.loop import Loop, train
+from secateur.recover.objectives import Objective, cross_entropy
+from secateur.recover.randomness import Stream, kept_randomness, seed_all
+from secateur.recover.reading import Data, batches_in, check_data, generators
+from secateur.recover.settings import Training, check_training
+from secateur.recover.state import Epoch, Job, Log, Progress, Run
 
-SCHEDULES = ("cosine", "one-cycle", "constant")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train. ``lr`` is the peak rate. Schedules run over all steps: ``cosine`` from ``lr`` to 0, ``one-cycle``
-    up from ``lr`` / 25 over the first 30 % and down to 0 (both by cosine), ``constant``.
-
-    ``weight_decay`` spares biases and norms (every parameter of one axis). ``clip`` bounds the gradient's norm.
-    ``keep="best"`` ends with the weights of the epoch that evaluated highest (the earliest of equals), ``"last"`` with
-    those of the last. ``seed`` fixes dropout and whatever the data draws from torch's generator.
-    """
-
-    epochs: int = 10
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    schedule: Literal["cosine", "one-cycle", "constant"] = "cosine"
-    label_smoothing: float = 0.0
-    clip: float | None = None
-    keep: Literal["best", "last"] = "last"
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """One epoch: mean training loss and accuracy (in train mode, while learning), and what ``evaluate`` said."""
-
-    number: int
-    loss: float
-    train_accuracy: float
-    score: float | None = None
-
-
-Progress = Callable[[int, int, float], None]
-"""Called after each step with (steps done, steps in all, loss of this batch)."""
+__all__ = ["Epoch", "Log", "Progress", "Run", "fit_", "parameter_groups"]
 
 
 def fit_(
     model: nn.Module,
-    data: Iterable[Any],
-    recipe: Recipe | None = None,
+    data: Data,
+    training: Training | None = None,
     *,
     evaluate: Evaluate | None = None,
-    progress: Progress | None = None,
+    objective: Objective | None = None,
+    hooks: Hooks | Sequence[Hooks] = (),
+    run: Run | None = None,
 ) -> list[Epoch]:
-    """Trains ``model`` in place and returns what each epoch gave; the model is left in eval mode.
+    """Trains ``model`` in place and returns what each epoch gave; the model ends in eval mode, on the device it was on.
 
-    ``data``: re-iterable, read once an epoch, of ``(inputs [B, ...], targets [B])``; the model returns scores
-    ``[B, K]``. torch's global random state is left as it was found. Interrupted (Ctrl-C), it leaves the weights as
-    they are.
+    ``data``: batches of ``(inputs, targets [B])`` that obey ``core.Epochs``, a DataLoader, or anything else that can
+    be read once an epoch. ``evaluate`` is called after every epoch, in all processes, on the plain model in eval mode;
+    it must not be the test set if ``keep="best"``. ``objective``: by default cross-entropy of scores ``[B, K]``.
+    ``hooks`` act on the plain model. With ``run.folder`` the same call after a crash goes on where the last checkpoint
+    was, and on the CPU in one process ends with the same weights, bit for bit (but what a DataLoader's
+    ``persistent_workers`` drew cannot be saved). Global random states are left as they were found.
 
-    Raises BadRequest for settings out of range, ``keep="best"`` without ``evaluate``, data that is empty or can be
-    read only once, and a loss that is no longer finite.
+    Ctrl-C finishes the step, writes a checkpoint if there is a folder, and raises KeyboardInterrupt; the weights stay
+    as they are then. Raises BadRequest for settings or data out of range and for a loss that is no longer finite (the
+    model then has the weights of the last checkpoint or epoch), MissingExtra without Accelerate, WrongModel or
+    BadArtifact for a checkpoint of another network or a damaged one.
+
+    >>> history = fit_(model, loader, Training(epochs=10, lr=0.05), evaluate=accuracy_on_validation)  # doctest: +SKIP
     """
-    recipe = recipe or Recipe()
-    _check(recipe, data, evaluate)
-    with torch.random.fork_rng():
-        torch.manual_seed(recipe.seed)
-        return _fit(model, data, recipe, evaluate, progress)
+    training, run = training or Training(), run or Run()
+    hooks = (hooks,) if isinstance(hooks, Hooks) else tuple(hooks)
+    _check(model, data, training, evaluate, run)
+    with accelerated(training.precision, cpu=run.cpu) as accelerator, ExitStack() as stack:
+        device = accelerator.device
+        stack.enter_context(kept_randomness(device))
+        stack.enter_context(_on_device(model, device))
+        seed_all(training.seed, rank())
+        stream = Stream(training.seed)
+        with stream.used():
+            batches = batches_in(data)
+        stream = Stream(training.seed)
+        seed_all(training.seed, rank())
+        job = Job(
+            model=model,
+            net=over_processes(model, device),
+            training=training,
+            run=run,
+            hooks=hooks,
+            accelerator=accelerator,
+            optimizer=_optimizer(model, training),
+            average=_average(model, training),
+            stream=stream,
+            generators=generators(data),
+            device=device,
+            batches=batches,
+        )
+        noted = stack.enter_context(interruptible())
+        resumed = run.folder is not None and resume_(job)
+        usual = cross_entropy(training.label_smoothing)
+        loop = Loop(job, data, objective or usual, evaluate, noted, is_usual=objective is None)
+        return train(loop, resumed=resumed)
 
 
-def _fit(
-    model: nn.Module, data: Iterable[Any], recipe: Recipe, evaluate: Evaluate | None, progress: Progress | None
-) -> list[Epoch]:
-    steps = recipe.epochs * _length(data)
-    optimizer = torch.optim.SGD(
-        parameter_groups(model, recipe.weight_decay), lr=recipe.lr, momentum=recipe.momentum, nesterov=True
-    )
-    history: list[Epoch] = []
-    best: tuple[float, dict[str, torch.Tensor]] | None = None
-    done = 0
-    for number in range(1, recipe.epochs + 1):
-        model.train()
-        loss_sum, right, seen = 0.0, 0, 0
-        for inputs, targets in data:
-            for group in optimizer.param_groups:
-                group["lr"] = rate(recipe, done / steps)
-            scores = model(inputs)
-            loss = nn.functional.cross_entropy(scores, targets, label_smoothing=recipe.label_smoothing)
-            if not math.isfinite(loss.item()):
-                raise BadRequest(f"the loss is {loss.item()} at step {done + 1}\n  do: lower lr, or set clip=1.0")
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            if recipe.clip is not None:
-                nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-            optimizer.step()
-            done += 1
-            loss_sum += loss.item() * len(targets)
-            right += int((scores.detach().argmax(1) == targets).sum())
-            seen += len(targets)
-            if progress is not None:
-                progress(done, steps, loss.item())
-        model.eval()
-        score = None if evaluate is None else float(evaluate(model))
-        history.append(Epoch(number, loss_sum / seen, right / seen, score))
-        if recipe.keep == "best" and score is not None and (best is None or score > best[0]):
-            best = score, {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    if best is not None:
-        model.load_state_dict(best[1])
-    return history
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameters that learn, in two groups: those that decay, and those of one axis (biases, norms), which do not."""
+def parameter_groups(model: nn.Module, weight_decay: float, *, decay_norms: bool = False) -> list[dict[str, Any]]:
+    """Parameters that learn, in two groups: those that decay, and those of one axis (biases, norms), which do not
+    unless ``decay_norms``."""
     learning = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in learning if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in learning if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in learning if p.ndim <= 1], "weight_decay": weight_decay if decay_norms else 0.0},
     ]
 
 
-def rate(recipe: Recipe, fraction: float) -> float:
-    """The learning rate at ``fraction`` (0 to 1) of all steps."""
-    if recipe.schedule == "constant":
-        return recipe.lr
-    rise = 0.3 if recipe.schedule == "one-cycle" else 0.0
-    if fraction < rise:
-        low = recipe.lr / 25
-        return low + (recipe.lr - low) * (1 - math.cos(math.pi * fraction / rise)) / 2
-    return recipe.lr * (1 + math.cos(math.pi * (fraction - rise) / (1 - rise))) / 2
+def _optimizer(model: nn.Module, training: Training) -> torch.optim.Optimizer:
+    groups = parameter_groups(model, training.weight_decay, decay_norms=training.decay_norms)
+    if training.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=training.lr, betas=(training.momentum, 0.999))
+    return torch.optim.SGD(groups, lr=training.lr, momentum=training.momentum, nesterov=training.momentum > 0)
 
 
-def _check(recipe: Recipe, data: Iterable[Any], evaluate: Evaluate | None) -> None:
-    if recipe.epochs < 1 or recipe.lr <= 0 or not 0 <= recipe.label_smoothing < 1:
-        raise BadRequest(
-            f"cannot train with epochs={recipe.epochs}, lr={recipe.lr}, label_smoothing={recipe.label_smoothing}\n"
-            "  do: epochs at least 1, lr above 0, label_smoothing in [0, 1)"
-        )
-    if recipe.schedule not in SCHEDULES:
-        raise BadRequest(f"unknown schedule {recipe.schedule!r}{nearest(recipe.schedule, SCHEDULES)}")
-    if recipe.keep == "best" and evaluate is None:
+def _average(model: nn.Module, training: Training) -> torch.optim.swa_utils.AveragedModel | None:
+    """A moving average of every tensor: running statistics of batch norm too, which belong to the averaged weights."""
+    if training.ema is None:
+        return None
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(training.ema), use_buffers=True)
+
+
+@contextmanager
+def _on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """``model`` on ``device`` for the block; afterwards where it was, in eval mode, without gradients."""
+    home = next(iter([*model.parameters(), *model.buffers()])).device
+    try:
+        model.to(device)
+        yield
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.eval()
+        model.to(home)
+
+
+def _check(model: nn.Module, data: Data, training: Training, evaluate: Evaluate | None, run: Run) -> None:
+    check_training(training)
+    check_data(data)
+    if training.keep == "best" and evaluate is None:
         raise BadRequest("keep='best' has nothing to choose by\n  do: pass evaluate=, a function of the model")
-    if iter(data) is data:
-        raise BadRequest("data can be read only once, and training reads it every epoch\n  do: pass a DataLoader")
-
-
-def _length(data: Iterable[Any]) -> int:
-    steps = len(data) if isinstance(data, Sized) else sum(1 for _ in data)
-    if not steps:
-        raise BadRequest("there is nothing to train on: data has no batches")
-    return steps
+    if isinstance(run.every, bool) or not isinstance(run.every, int) or run.every < 1:
+        raise BadRequest(f"checkpoints every {run.every!r} steps cannot be\n  do: every is a whole number, at least 1")
+    learning = [p for p in model.parameters() if p.requires_grad]
+    if not learning:
+        raise BadRequest("no parameter of the model learns\n  do: set requires_grad on those that should")
+    devices = sorted({str(t.device) for t in [*model.parameters(), *model.buffers()]})
+    if len(devices) > 1:
+        raise BadRequest(f"the model lies on several devices ({', '.join(devices)})\n  do: move it to one first")

@@ -97,6 +97,7 @@ def norms_figure(norms: Mapping[str, np.ndarray]) -> str:
 def curves_figure(curves: Sequence[Curve]) -> str:
     """Loss and validation accuracy over the epochs of every training, side by side in one picture."""
     from matplotlib import colormaps
+    from matplotlib.ticker import MaxNLocator
 
     figure, left = _canvas(3.4, 2.7)
     right = figure.add_axes((1.24, 0, 1, 1))
@@ -111,7 +112,7 @@ def curves_figure(curves: Sequence[Curve]) -> str:
     longest = max((len(curve.loss) for curve in curves), default=1)
     for axes, label in ((left, "training loss"), (right, "validation accuracy, %")):
         axes.set_xlim(0.8, longest + 0.2)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("epoch")
         axes.set_ylabel(label)
         axes.grid(color=FAINT, linewidth=0.7)

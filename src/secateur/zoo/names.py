@@ -71,7 +71,7 @@ def build(name: str, *, allow_import: bool = True, **options: Any) -> nn.Module:
             f"{name!r} would import code from {source!r}, which is not allowed here (allow_import=False)\n"
             "  do: build the model yourself and pass it, or allow the import if you trust where the name comes from"
         )
-    return _build_imported(name, options)
+    return _call(imported_function(name), name, options)
 
 
 def example_inputs(
@@ -92,6 +92,26 @@ def example_inputs(
     weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     generator = torch.Generator().manual_seed(0)
     return tuple(torch.randn(batch, *one, generator=generator).to(weight.device, weight.dtype) for one in shapes)
+
+
+def imported_function(name: str) -> Callable[..., object]:
+    """What ``package.module:function`` names, imported; BadRequest where it is not there or cannot be called."""
+    module_name, _, function_name = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise BadRequest(
+            f"{name!r}: there is no module {error.name!r}\n"
+            "  do: run where it can be imported, or put its folder on PYTHONPATH"
+        ) from error
+    except Exception as error:
+        raise BadRequest(f"{name!r}: importing {module_name!r} raised {type(error).__name__}: {error}") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        what = "has no function" if function is None else "has something that cannot be called by the name"
+        raise BadRequest(f"module {module_name!r} {what} {function_name!r}{nearest(function_name, known)}")
+    return function
 
 
 def _build_ours(name: str, options: dict[str, Any]) -> nn.Module:
@@ -136,25 +156,6 @@ def _build_timm(name: str, options: dict[str, Any]) -> nn.Module:
         height, width = (size, size) if isinstance(size, int) else size
         config["input_size"] = (options.get("in_chans", channels), height, width)
     return model
-
-
-def _build_imported(name: str, options: dict[str, Any]) -> nn.Module:
-    module_name, _, function_name = name.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise BadRequest(
-            f"{name!r}: there is no module {error.name!r}\n"
-            "  do: run where it can be imported, or put its folder on PYTHONPATH"
-        ) from error
-    except Exception as error:
-        raise BadRequest(f"{name!r}: importing {module_name!r} raised {type(error).__name__}: {error}") from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        what = "has no function" if function is None else "has something that cannot be called by the name"
-        raise BadRequest(f"module {module_name!r} {what} {function_name!r}{nearest(function_name, known)}")
-    return _call(function, name, options)
 
 
 def _call(function: Callable[..., object], name: str, options: dict[str, Any]) -> nn.Module:

@@ -1,0 +1,182 @@
+"""The commands that train: ``run`` carries out a recipe, ``finetune`` a small one about a saved folder.
+
+Both go on from where they were if they are interrupted, however, and given again. Started by ``torchrun``, every
+process runs the command; the main one speaks, and so do the others if they fail where the main one does not.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from secateur import cli_output as show
+from secateur.errors import BadRequest, SecateurError
+
+if TYPE_CHECKING:
+    from secateur.recipes import Outcome, Recipe
+    from secateur.recipes.job import Progress
+
+Folder = Annotated[Path | None, typer.Option("-o", "--output", help="Folder of the run; the same one goes on with it.")]
+Smoke = Annotated[bool, typer.Option("--smoke", help="All phases on a few batches and one epoch each.")]
+Cpu = Annotated[bool, typer.Option("--cpu", help="Stay on the CPU, even if there is a GPU.")]
+Allow = Annotated[
+    bool, typer.Option("--allow-import", help="The recipe may name code of its own, package.module:function.")
+]
+
+
+def run(
+    recipe: Annotated[Path | None, typer.Argument(metavar="RECIPE", show_default=False, help="A YAML file.")] = None,
+    output: Folder = None,
+    smoke: Smoke = False,
+    allow_import: Allow = False,
+    cpu: Cpu = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of recipes, and do no more.")] = False,
+) -> None:
+    """Carry out a recipe: train or load, prune, recover, measure, export, report. Given again, it goes on.
+
+    Without -o the folder is runs/NAME of the recipe's file, with -smoke behind it for a smoke run.
+    """
+    from secateur.recipes import json_schema, read_recipe
+
+    if schema:
+        typer.echo(json_schema(), nl=False)
+        return
+    if recipe is None:
+        raise BadRequest("which recipe?\n  do: secateur run RECIPE.yaml, or secateur run --schema for what it may say")
+    with _spoken(output or Path("runs") / f"{recipe.stem}{'-smoke' if smoke else ''}") as folder:
+        _carry_out(read_recipe(recipe), folder, smoke=smoke, allow_import=allow_import, cpu=cpu)
+
+
+def finetune(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", show_default=False, help="A saved, pruned network.")],
+    data: Annotated[str, typer.Option(help="digits, cifar10, folder:PATH, package.module:function ...")],
+    output: Annotated[Path, typer.Option("-o", "--output", show_default=False, help="Folder of the run.")],
+    epochs: Annotated[int, typer.Option(help="How long.")] = 10,
+    lr: Annotated[float, typer.Option(help="The highest learning rate.")] = 0.01,
+    batch: Annotated[int, typer.Option(help="Images in a batch, over all processes.")] = 128,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any key of a recipe, as data.size=32; repeatable."),
+    ] = None,
+    teacher: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Weights of the dense network, to learn from it too."),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option("--model", metavar="MODEL", help="The dense network of FOLDER, if not recorded.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of order, augmentation and training.")] = 0,
+    smoke: Smoke = False,
+    allow_import: Allow = False,
+    cpu: Cpu = False,
+) -> None:
+    """Train a saved, pruned network a little more: a recipe of its own, with all that secateur run does."""
+    from secateur.recipes import make_recipe
+    from secateur.recipes.schema import is_folder
+
+    if not is_folder(folder):
+        raise BadRequest(f"{folder!r} is no saved folder\n  do: write a recipe with weights for a network by name")
+    values: dict[str, Any] = {
+        "model": {"name": folder, "base": base},
+        "seed": seed,
+        "data": {"name": data, "batch": batch},
+        "finetune": {"epochs": epochs, "lr": lr},
+    }
+    if teacher is not None:
+        values["distil"] = {"teacher": {"weights": str(teacher)}}
+    for text in setting or ():
+        _set(values, text)
+    with _spoken(output) as place:
+        _carry_out(make_recipe(values, name="finetune"), place, smoke=smoke, allow_import=allow_import, cpu=cpu)
+
+
+def register(app: typer.Typer) -> None:
+    """Make these commands of ``app``."""
+    app.command(
+        epilog="[bold]Examples:[/]\n\n[cyan]secateur run recipe.yaml --smoke[/]\n\n"
+        "[cyan]torchrun --nproc-per-node=2 -m secateur run recipe.yaml -o runs/mine[/]"
+    )(run)
+    app.command(
+        epilog="[bold]Example:[/]  [cyan]secateur finetune runs/mine/pruned --data digits --epochs 5 -o runs/more[/]"
+    )(finetune)
+
+
+def _carry_out(recipe: Recipe, folder: Path, *, smoke: bool, allow_import: bool, cpu: bool) -> None:
+    from secateur.recipes import Tell, run_recipe
+
+    tell = Tell(say=lambda text: show.err().print(f"[dim]{show.escape(text)}[/]", soft_wrap=True), phase=_bar)
+    outcome = run_recipe(recipe, folder, smoke=smoke, tell=tell, allow_import=allow_import, cpu=cpu)
+    if _is_main():
+        _print_outcome(outcome)
+
+
+def _print_outcome(outcome: Outcome) -> None:
+    if outcome.again:
+        show.say(f"the run in {outcome.folder} was finished before; these are its results")
+    show.out().print(show.networks_table(outcome.rows, engine=outcome.engine))
+    show.say(f"accuracy on {outcome.test_images} test images; all of it in {outcome.folder}/")
+
+
+@contextmanager
+def _bar(title: str) -> Iterator[Progress]:
+    with show.bar(title, passing=True) as update:
+
+        def progress(done: int, total: int, facts: Mapping[str, float]) -> None:
+            update(done, total, training_note(facts))
+
+        yield progress
+
+
+def training_note(facts: Mapping[str, float]) -> str:
+    """What stands beside a bar: ``loss 0.123  acc 96.1 %  val 95.0 %  3,200 images/s``."""
+    told = []
+    if "loss" in facts:
+        told.append(f"loss {facts['loss']:.3f}")
+    for key, name in (("accuracy", "acc"), ("score", "val")):
+        if key in facts:
+            told.append(f"{name} {100 * facts[key]:.1f} %")
+    if "images_per_s" in facts:
+        told.append(f"{facts['images_per_s']:,.0f} images/s")
+    return "  ".join(told)
+
+
+def _set(values: dict[str, Any], text: str) -> None:
+    """``finetune.schedule=one-cycle`` as a value of the recipe, read as YAML reads it."""
+    from secateur.recipes.yaml_nodes import parse_yaml
+
+    path, equals, value = text.partition("=")
+    *sections, key = path.split(".")
+    if not equals or not all([*sections, key]):
+        raise BadRequest(f"--set {text!r} is not understood\n  do: write SECTION.KEY=VALUE, as in finetune.clip=1.0")
+    place = values
+    for section in sections:
+        place = place.setdefault(section, {})
+        if not isinstance(place, dict):
+            raise BadRequest(f"--set {text!r}: {section!r} is no section")
+    place[key] = parse_yaml(value).value if value else None
+
+
+@contextmanager
+def _spoken(folder: Path) -> Iterator[Path]:
+    """The folder of a run; Ctrl-C ends with status 130 and how to go on. Other processes than the main one keep quiet,
+    but for errors that are theirs alone."""
+    try:
+        yield folder
+    except KeyboardInterrupt:
+        if _is_main():
+            show.err().print(f"interrupted: the same command goes on from here, in {folder}/", soft_wrap=True)
+        raise typer.Exit(130) from None
+    except SecateurError:
+        if not _is_main():
+            time.sleep(5)  # the launcher ends this process meanwhile if the main one has failed too, and told why
+        raise
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"

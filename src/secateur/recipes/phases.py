@@ -1,0 +1,122 @@
+"""The phases of a run, in their order: each reads what the ones before have written, and writes what it makes.
+
+    dense (or given)  ->  cuts, with compensation and training between (``pruning.py``)  ->  finetune  ->  scratch
+    ->  measure  ->  save  ->  export  ->  report (``results.py``)
+
+What a phase hands on is read back from the disk also where nothing interrupts the run, so that there is one way only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+
+from secateur import artifact
+from secateur.counting import count
+from secateur.errors import BadRequest
+from secateur.recipes import results
+from secateur.recipes.job import Facts, Job, Phase, Progress, on_main
+from secateur.recipes.networks import (
+    check_fits,
+    example_of,
+    first_network,
+    teacher_network,
+    unlearned_network,
+)
+from secateur.recipes.pruning import last_of, pruning_phases
+from secateur.recipes.schema import Recipe, trainings
+from secateur.recipes.stages import facts_of, keep_stage, open_stage, stage_path, train_
+from secateur.recover.distillation import distil
+from secateur.recover.settings import Training
+
+
+def phases_of(job: Job) -> Iterator[Phase]:
+    """All phases of the run. To be asked for the next one only when the last is done."""
+    recipe = job.recipe
+    first = "given" if job.origin.given is not None else "dense"
+    titles = {"given": "opening", "dense": "opening dense"}
+    yield Phase(first, "training dense" if recipe.train else titles[first], partial(_first, name=first))
+    networks = [("as given" if first == "given" else "dense", first)]
+    if recipe.prune is not None:
+        yield from pruning_phases(job, recipe.prune, first)
+        networks += [("pruned", last_of(job, "prune"))]
+        networks += [("compensated", last_of(job, "compensate"))] if recipe.compensate is not None else []
+    pruned = networks[1][1] if recipe.prune is not None else first
+    if recipe.finetune is not None:
+        act = partial(_finetune, before=networks[-1][1], dense=first)
+        yield Phase("finetune", "distilling" if recipe.distil else "fine-tuning", act)
+        networks += [("fine-tuned", "finetune")]
+    name, final = networks[-1]
+    if recipe.scratch != "none":
+        yield Phase("scratch", "training from scratch", partial(_scratch, pruned=pruned))
+        networks += [("from scratch", "scratch")]
+    yield Phase("measure", "measuring", partial(results.measure, networks=networks))
+    yield Phase("save", "saving", partial(results.save, name=name, final=final))
+    if recipe.export.onnx:
+        yield Phase("export", "exporting", partial(results.export, final=final))
+    if recipe.export.report:
+        yield Phase("report", "reporting", partial(results.report, dense=first, final=final))
+
+
+def _first(job: Job, progress: Progress, *, name: str) -> Facts:
+    model = first_network(job.origin)
+    if job.recipe.train is None:
+        facts = facts_of(job, model)
+    else:
+        facts = train_(job, name, model, job.recipe.train, progress)
+    on_main(lambda: keep_stage(job, name, model))
+    return facts
+
+
+def _finetune(job: Job, progress: Progress, *, before: str, dense: str) -> Facts:
+    training, settings = job.recipe.finetune, job.recipe.distil
+    assert training is not None
+    model = open_stage(job, before)
+    objective = None
+    if settings is not None:
+        teacher = settings.teacher
+        learned = open_stage(job, dense) if teacher is None else teacher_network(job.origin, teacher)
+        check_fits(job.origin, learned, len(job.data.classes), job.data.name)
+        objective = distil(
+            learned,
+            temperature=settings.temperature,
+            weight=settings.weight,
+            features=settings.features,
+            label_smoothing=training.label_smoothing,
+        )
+    facts = train_(job, "finetune", model, training, progress, objective=objective)
+    on_main(lambda: keep_stage(job, "finetune", model))
+    return facts
+
+
+def _scratch(job: Job, progress: Progress, *, pruned: str) -> Facts:
+    """The control: the pruned architecture, from weights that nothing has touched, trained as long as the run was.
+
+    ``epochs``: as many epochs as all training of this run took together: that of the dense network (if this run did it:
+    what came with loaded weights is not known, and not counted), between the cuts, and the fine-tuning. ``compute``: as
+    many epochs as cost the same multiply-adds: the sum of epochs x MACs of the network that they trained, over the MACs
+    of the small one, rounded. Both see equally many images an epoch. The settings are those of ``train``, or of
+    ``finetune`` where there is none, with that number of epochs and no rewinding (after Liu et al., "Rethinking the
+    value of network pruning", ICLR 2019: scratch-E and scratch-B, whose budget is the dense training's alone).
+    """
+    trained = [facts for facts in job.done.values() if "epochs" in facts]
+    plan = artifact.read_plan(stage_path(job, pruned))
+    model = unlearned_network(job.origin, plan, job.seed("scratch weights"))
+    epochs = sum(facts["epochs"] for facts in trained)
+    if job.recipe.scratch == "compute":
+        small = int(count(model, example_of(job.origin, model)).macs)
+        epochs = max(1, round(sum(facts["epochs"] * facts["macs"] for facts in trained) / small))
+    training = replace(scratch_settings(job.recipe), epochs=1 if job.folder.smoke else epochs, rewind=None)
+    facts = train_(job, "scratch", model, training, progress)
+    on_main(lambda: keep_stage(job, "scratch", model))
+    return facts
+
+
+def scratch_settings(recipe: Recipe) -> Training:
+    """How the control is trained: as the dense network was, or as the pruned one is. Raises BadRequest for neither."""
+    found = {where[0]: training for where, training in trainings(recipe)}
+    for section in ("train", "finetune", "prune"):
+        if section in found:
+            return found[section]
+    raise BadRequest("scratch: nothing in the recipe trains, so that there is no training to repeat")

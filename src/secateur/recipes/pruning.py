@@ -1,0 +1,220 @@
+"""Pruning as phases, by the recipe's schedule. Every cut is one, and so is every training between two of them.
+
+    one-shot          prune, compensate
+    iterative         prune-1, compensate-1, train-1, prune-2, compensate-2, train-2, ... prune-n, compensate-n
+    layer-by-layer    widths, then the same with a group in place of a step
+    progressive       zero (the dense network trains, channels are zeroed), prune, compensate
+    sparse            shrink (the dense network trains under a penalty), prune, compensate
+
+Compensation makes up for one cut: it compares with the network right before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+from torch import nn
+
+from secateur.core import Budget
+from secateur.graph import trace
+from secateur.pipeline import plan
+from secateur.plans import Plan
+from secateur.recipes.job import Facts, Job, Phase, Progress, evaluation, on_main
+from secateur.recipes.networks import example_of
+from secateur.recipes.schema import Iterative, LayerByLayer, Progressive, Prune, Sparse
+from secateur.recipes.stages import facts_of, keep_plan, keep_stage, note, open_plan, open_stage, train_
+from secateur.recover.compensation import compensate_
+from secateur.recover.settings import Training
+from secateur.schedules import (
+    Options,
+    Start,
+    growing_penalty,
+    iterative_step,
+    layer_step,
+    layer_widths,
+    zeroing,
+)
+from secateur.schedules.options import start_of
+from secateur.surgery import apply
+
+Decide = Callable[[Job, nn.Module], tuple[Plan, nn.Module]]
+"""What a cut is: the plan, which speaks of the network it is given, and the smaller network."""
+
+SMOKE_LAYERS = 2
+
+
+def pruning_phases(job: Job, prune: Prune, before: str) -> Iterator[Phase]:
+    """The phases from the network of phase ``before`` to the pruned one. To be asked for the next one only when the
+    last is done: how many there are may depend on it."""
+    schedule = prune.schedule
+    cuts: Sequence[Decide] = [_cut_at_once]
+    if isinstance(schedule, Iterative):
+        steps = schedule.steps
+        cuts = [partial(_cut_step, first=before, step=step, steps=steps) for step in range(steps)]
+    elif isinstance(schedule, LayerByLayer):
+        yield Phase("widths", "deciding widths", partial(_widths, before=before))
+        widths = job.done["widths"]["widths"]
+        cuts = [partial(_cut_layer, first=before, name=name, width=width) for name, width in widths.items()] or cuts
+    elif isinstance(schedule, (Progressive, Sparse)):
+        name, title = ("zero", "zeroing") if isinstance(schedule, Progressive) else ("shrink", "shrinking")
+        yield Phase(name, title, partial(_approach, name=name, before=before))
+        cuts, before = [partial(_cut_as_planned, name=name)], name
+    between = schedule.training if isinstance(schedule, (Iterative, LayerByLayer)) else None
+    yield from _rounds(job, before, cuts, between)
+
+
+def last_of(job: Job, name: str) -> str:
+    """The last phase of this name that is done, numbered or not; "" for none."""
+    return next((each for each in reversed(job.done) if each == name or each.startswith(f"{name}-")), "")
+
+
+def _rounds(job: Job, before: str, cuts: Sequence[Decide], between: Training | None) -> Iterator[Phase]:
+    """Cut, compensate, train, by turns; after the last cut comes no training: that is the finetune section's."""
+    for number, decide in enumerate(cuts, 1):
+        mark = f"-{number}" if len(cuts) > 1 else ""
+        step = f" {number}/{len(cuts)}" if len(cuts) > 1 else ""
+        cut = f"prune{mark}"
+        yield Phase(cut, f"pruning{step}", partial(_cut, name=cut, before=before, decide=decide))
+        after = cut
+        if job.recipe.compensate is not None:
+            after = f"compensate{mark}"
+            yield Phase(after, f"compensating{step}", partial(_compensate, name=after, before=before, cut=cut))
+        if between is not None and number < len(cuts):
+            train = f"train{mark}"
+            act = partial(_train, name=train, before=after, training=between)
+            yield Phase(train, f"training {number}/{len(cuts)}", act)
+            after = train
+        before = after
+
+
+def pruning_options(job: Job) -> Options:
+    """What the recipe asks of ``plan``."""
+    prune = job.recipe.prune
+    assert prune is not None
+    budget = prune.budget
+    if budget is None and prune.ratios is None:
+        budget = Budget(keep=0.5)
+    return Options(
+        criterion=prune.criterion,
+        budget=budget,
+        ratios=prune.ratios,
+        exclude=tuple(prune.exclude),
+        allocation=prune.allocation,
+        prefer=prune.prefer,
+        seed=job.seed("prune"),
+    )
+
+
+def _cut(job: Job, progress: Progress, *, name: str, before: str, decide: Decide) -> Facts:
+    """Decided and done by the main process alone; all others read what it wrote."""
+
+    def act() -> dict[str, int]:
+        decided, small = decide(job, open_stage(job, before))
+        keep_plan(job, name, decided)
+        keep_stage(job, name, small)
+        return {
+            "channels": sum(group.channels for group in decided.groups),
+            "kept": sum(len(kept) for kept in decided.keep.values()),
+        }
+
+    channels = on_main(act)
+    facts = {**channels, **facts_of(job, open_stage(job, name))}
+    note(job, name, facts)
+    return facts
+
+
+def _cut_at_once(job: Job, model: nn.Module) -> tuple[Plan, nn.Module]:
+    graph = trace(model, example_of(job.origin, model))
+    decided = plan(graph, **pruning_options(job))
+    return decided, apply(graph, decided)
+
+
+def _cut_as_planned(job: Job, model: nn.Module, *, name: str) -> tuple[Plan, nn.Module]:
+    decided = open_plan(job, name)
+    return decided, apply(model, decided)
+
+
+def _cut_step(job: Job, model: nn.Module, *, first: str, step: int, steps: int) -> tuple[Plan, nn.Module]:
+    example = example_of(job.origin, model)
+    return iterative_step(model, example, start=_start(job, first), step=step, steps=steps, **pruning_options(job))
+
+
+def _cut_layer(job: Job, model: nn.Module, *, first: str, name: str, width: int) -> tuple[Plan, nn.Module]:
+    example = example_of(job.origin, model)
+    return layer_step(model, example, start=_start(job, first), name=name, width=width, **pruning_options(job))
+
+
+def _start(job: Job, first: str) -> Start:
+    """What the steps need to know of the network that they began with: its structure alone."""
+    if "start" not in job.memo:
+        model = open_stage(job, first)
+        job.memo["start"] = start_of(trace(model, example_of(job.origin, model)), pruning_options(job))
+    return job.memo["start"]
+
+
+def _widths(job: Job, progress: Progress, *, before: str) -> Facts:
+    def act() -> dict[str, int]:
+        model = open_stage(job, before)
+        widths = layer_widths(model, example_of(job.origin, model), **pruning_options(job))
+        return dict(list(widths.items())[:SMOKE_LAYERS]) if job.folder.smoke else widths
+
+    return {"widths": on_main(act)}
+
+
+def _approach(job: Job, progress: Progress, *, name: str, before: str) -> Facts:
+    """The dense network trains towards the cut; the plan of the cut is what the training ends with."""
+    assert job.recipe.prune is not None
+    schedule = job.recipe.prune.schedule
+    model, options = open_stage(job, before), pruning_options(job)
+    example = example_of(job.origin, model)
+    if isinstance(schedule, Progressive):
+        zeros = zeroing(model, example, every=schedule.every, grow=schedule.grow, soft=schedule.soft, **options)
+        if schedule.at_start:
+            zeros.select_()
+        hooks, finish = zeros.hooks, zeros.finish_
+    else:
+        assert isinstance(schedule, Sparse)
+        penalty = growing_penalty(model, example, growth=schedule.penalty, **options)
+        hooks, finish = penalty.hooks, penalty.plan
+    facts = train_(job, name, model, schedule.training, progress, hooks=(hooks,))
+    decided = finish()
+
+    def act() -> None:
+        keep_plan(job, name, decided)
+        keep_stage(job, name, model)
+
+    on_main(act)
+    return facts
+
+
+def _compensate(job: Job, progress: Progress, *, name: str, before: str, cut: str) -> Facts:
+    settings = job.recipe.compensate
+    assert settings is not None
+    model, small = open_stage(job, before).to(job.device), open_stage(job, cut).to(job.device)
+    made = compensate_(
+        small,
+        model,
+        open_plan(job, cut),
+        job.data.calibration.first(settings.batches),
+        readers=settings.readers,
+        batchnorm=settings.batchnorm,
+        evaluate=evaluation(job),
+    )
+    small.to("cpu")
+    on_main(lambda: keep_stage(job, name, small))
+    steps = [
+        {"step": step.name, "validation": step.accuracy, "changed": list(step.changed), "skipped": dict(step.skipped)}
+        for step in made.steps
+    ]
+    facts = {"steps": steps, **facts_of(job, open_stage(job, name))}
+    for step in steps:
+        note(job, name, {"kind": "compensation", "what": step["step"], "validation": step["validation"]})
+    return facts
+
+
+def _train(job: Job, progress: Progress, *, name: str, before: str, training: Training) -> Facts:
+    model = open_stage(job, before)
+    facts = train_(job, name, model, training, progress)
+    on_main(lambda: keep_stage(job, name, model))
+    return facts

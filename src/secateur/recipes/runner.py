@@ -1,0 +1,253 @@
+"""A recipe carried out: its phases in order, each only if it is not done yet, in a folder that one run owns.
+
+Killed at any moment, the same call goes on from what is whole in the folder, and on the CPU in one process ends with
+the same weights, bit for bit. In several processes (``torchrun``) all of them call it; the main one writes and speaks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from secateur.errors import SecateurError
+from secateur.pipeline import plan
+from secateur.processes import from_main, is_main, wait_for_all, world
+from secateur.recipes import folder as folders
+from secateur.recipes.folder import RunFolder
+from secateur.recipes.job import SILENT, Facts, Job, Phase, Tell, derived_seed, on_main
+from secateur.recipes.metrics import keep_metrics, recorder
+from secateur.recipes.networks import check_fits, check_teacher, example_of, first_network, origin_of
+from secateur.recipes.phases import phases_of, scratch_settings
+from secateur.recipes.pruning import pruning_options
+from secateur.recipes.reading import write_recipe
+from secateur.recipes.results import check_extras, read_results
+from secateur.recipes.schema import RANDOM, Iterative, Progressive, Recipe, absolute, is_folder
+from secateur.recipes.stages import newest_step
+from secateur.recover.accelerated import join_processes
+from secateur.recover.settings import Training
+from secateur.report import Row, environment
+from secateur.zoo.data import Data, open_data
+
+SMOKE_BATCHES, SMOKE_STEPS = 2, 2
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to. ``rows``: name, params, macs, accuracy on the test images, size, latency_ms of every network,
+    the dense one first. ``engine``: what the latencies were taken in, with the threads. ``again``: it was finished
+    before, and this is what it came to then."""
+
+    folder: Path
+    rows: tuple[Row, ...]
+    engine: str = ""
+    test_images: int = 0
+    again: bool = False
+
+
+def run_recipe(
+    recipe: Recipe,
+    folder: str | os.PathLike[str],
+    *,
+    smoke: bool = False,
+    tell: Tell = SILENT,
+    allow_import: bool = False,
+    cpu: bool = False,
+) -> Outcome:
+    """Carry out ``recipe`` in ``folder`` (see ``secateur.recipes.folder`` for what is in it), or go on with it there.
+
+    ``smoke``: all phases on a few batches and one epoch each, to see that they work. ``allow_import``: the recipe may
+    name code of its own. ``cpu``: stay there even if there is a GPU.
+
+    Raises BadArtifact for a folder that is another run's, in use, or cannot be written; BadRequest for a recipe that
+    does not fit its data; what the phases raise; KeyboardInterrupt, after a checkpoint.
+    """
+    join_processes(cpu=cpu)
+    recipe = resolved(recipe)
+    place = RunFolder(Path(folder).expanduser().resolve(), smoke)
+    state = on_main(lambda: folders.own_state(place, recipe))
+    if state is not None and state.get("finished"):
+        return on_main(lambda: dataclasses.replace(_outcome(place), again=True))
+    job = _prepared(recipe, place, tell, allow_import=allow_import, cpu=cpu)
+    if state is None:
+        _check_start(job)
+    with ExitStack() as stack:
+        on_main(lambda: _begin(stack, job, recipe))
+        record, close = recorder(place)
+        stack.callback(close)
+        done = on_main(lambda: folders.done_phases(place))
+        job = dataclasses.replace(job, record=record, done=done)
+        stack.enter_context(_logged(job))
+        _run(job)
+        return on_main(lambda: _outcome(place))
+
+
+def resolved(recipe: Recipe) -> Recipe:
+    """The recipe with paths that do not depend on the current folder."""
+    model = recipe.model
+    if is_folder(model.name):
+        model = model.model_copy(update={"name": absolute(model.name)})
+    elif model.weights not in (None, RANDOM):
+        model = model.model_copy(update={"weights": absolute(str(model.weights))})
+    recipe = recipe.model_copy(update={"model": model})
+    if recipe.distil is not None and recipe.distil.teacher is not None:
+        teacher = recipe.distil.teacher
+        teacher = teacher.model_copy(update={"weights": absolute(teacher.weights)})
+        recipe = recipe.model_copy(update={"distil": recipe.distil.model_copy(update={"teacher": teacher})})
+    return recipe
+
+
+def smoked(recipe: Recipe) -> Recipe:
+    """The same phases with one epoch in each, in as few steps as show that they work."""
+
+    def short(training: Training | None) -> Training | None:
+        if training is None:
+            return None
+        return dataclasses.replace(training, epochs=1, rewind=None, warmup=min(training.warmup, 1.0), accumulate=1)
+
+    changes: dict[str, Any] = {"train": short(recipe.train), "finetune": short(recipe.finetune)}
+    if recipe.prune is not None:
+        schedule = recipe.prune.schedule
+        update: dict[str, Any] = {}
+        if hasattr(schedule, "training"):
+            update["training"] = short(schedule.training)
+        if isinstance(schedule, Iterative):
+            update["steps"] = min(schedule.steps, SMOKE_STEPS)
+        if isinstance(schedule, Progressive):
+            update |= {"every": 1, "grow": min(schedule.grow, 1)}
+        changes["prune"] = recipe.prune.model_copy(update={"schedule": schedule.model_copy(update=update)})
+    if recipe.compensate is not None:
+        changes["compensate"] = recipe.compensate.model_copy(update={"batches": 1})
+    return recipe.model_copy(update=changes)
+
+
+def _prepared(recipe: Recipe, place: RunFolder, tell: Tell, *, allow_import: bool, cpu: bool) -> Job:
+    """What the phases need; nothing is written yet."""
+    check_extras(recipe)
+    if recipe.scratch != "none":
+        scratch_settings(recipe)
+    seed = recipe.seed
+    data = open_data(recipe.data, seed=derived_seed(seed, "data"), allow_import=allow_import)
+    origin = origin_of(recipe.model, data.shape, seed=derived_seed(seed, "weights"), allow_import=allow_import)
+    if recipe.distil is not None and recipe.distil.teacher is not None:
+        check_teacher(recipe.distil.teacher, allow_import=allow_import)
+    if place.smoke:
+        recipe, data = smoked(recipe), _few(data)
+    return Job(recipe, place, data, origin, tell, _no_record, cpu=cpu)
+
+
+def _check_start(job: Job) -> None:
+    """What is wrong with the recipe's files, names and numbers should show now and not after hours of training."""
+    model = first_network(job.origin)
+    check_fits(job.origin, model, len(job.data.classes), job.data.name)
+    if job.recipe.prune is not None:
+        plan(model, example_of(job.origin, model), **pruning_options(job))
+
+
+def _begin(stack: ExitStack, job: Job, recipe: Recipe) -> None:
+    """The folder is ours from here on, and says so before it holds anything else."""
+    stack.enter_context(folders.locked(job.folder, recipe))
+    place = job.folder.path
+    if folders.read_state(job.folder) is None:
+        folders.begin(job.folder, recipe)
+    if not (place / folders.RECIPE).exists():
+        folders.write_whole(place / folders.RECIPE, write_recipe(recipe).encode())
+    folders.add_session(
+        job.folder,
+        seeds={"recipe": recipe.seed, **{name: job.seed(name) for name in ("data", "weights", "prune")}},
+        session={
+            "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+            "command": " ".join(["secateur", *sys.argv[1:]]),
+            "processes": world(),
+            "device": str(job.device),
+            **environment(),
+        },
+    )
+
+
+def _run(job: Job) -> None:
+    fresh = True
+    for phase in phases_of(job):
+        if phase.name in job.done:
+            job.say(f"{phase.title}: done before")
+            continue
+        if fresh:
+            on_main(partial(_forget, job, phase))
+            fresh = False
+        started = time.perf_counter()
+        facts = _carry_out(job, phase)
+        on_main(partial(folders.mark_done, job.folder, phase.name, facts, time.perf_counter() - started))
+        job.done[phase.name] = facts
+        job.say(f"{phase.title}: {_summary(facts)}")
+    on_main(lambda: folders.finish(job.folder))
+
+
+def _forget(job: Job, phase: Phase) -> None:
+    """What an interrupted run has recorded of ``phase`` beyond its checkpoint will be recorded again."""
+    keep_metrics(job.folder, job.done, phase.name, newest_step(job.folder.checkpoints(phase.name)))
+
+
+def _carry_out(job: Job, phase: Phase) -> Facts:
+    """The main process's facts, in every process."""
+    if is_main():
+        folders.log(job.folder, f"{phase.title} ...")
+    shown = job.tell.phase(phase.title) if is_main() else SILENT.phase(phase.title)
+    cuda = [] if job.device.type == "cpu" else [job.device]
+    with shown as progress, torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(job.seed(phase.name))
+        facts = phase.act(job, progress)
+    wait_for_all()
+    return from_main(facts)
+
+
+def _summary(facts: Facts) -> str:
+    told = []
+    if "kept" in facts:
+        told.append(f"{facts['kept']} of {facts['channels']} channels stay")
+    if facts.get("validation") is not None:
+        told.append(f"{100 * facts['validation']:.2f} % of the validation images right")
+    for step in facts.get("steps", ()):
+        if step["validation"] is not None:
+            told.append(f"{100 * step['validation']:.2f} % after {step['step']}")
+    return ", ".join(told) or "done"
+
+
+@contextlib.contextmanager
+def _logged(job: Job) -> Iterator[None]:
+    """How it ended stands in the log, too."""
+    try:
+        yield
+    except (KeyboardInterrupt, SecateurError) as error:
+        if is_main():
+            text = "interrupted" if isinstance(error, KeyboardInterrupt) else f"error: {error}"
+            with contextlib.suppress(SecateurError):  # the disk may be what is wrong
+                folders.log(job.folder, text)
+        raise
+
+
+def _few(data: Data) -> Data:
+    """A few batches of every part."""
+    parts = {name: getattr(data, name) for name in ("train", "validation", "test", "calibration")}
+    few = {name: part.first(SMOKE_BATCHES) if len(part) else part for name, part in parts.items()}
+    return dataclasses.replace(data, **few)
+
+
+def _outcome(place: RunFolder) -> Outcome:
+    found = read_results(place)
+    rows = tuple(Row(**row) for row in found["rows"])
+    engine = f"{found['engine']}, {found['threads']} thread{'s' * (found['threads'] > 1)}" if found["engine"] else ""
+    return Outcome(place.path, rows, engine, found["test_images"])
+
+
+def _no_record(phase: str, values: Mapping[str, Any]) -> None:
+    """Before the folder is ours."""

@@ -1,0 +1,325 @@
+"""What a recipe may say: a model, data, how to train, prune, recover and measure. Plain data, checked when made.
+
+Sections that other parts of the library already describe (``Training``, ``DataSettings``, ``Budget``) are those very
+dataclasses. Nothing is converted on the way: text is no number, 1 is no truth value, and an unknown key is an error.
+What no single section can know, such as that distillation needs a fine-tuning to happen in, ``faults`` tells.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from secateur.core import Budget
+from secateur.criteria import CRITERIA
+from secateur.errors import BadRequest, nearest
+from secateur.recover.settings import Training, check_training
+from secateur.schedules.penalties import Growth
+from secateur.zoo.data.settings import DataSettings, check_settings
+
+Where = tuple[str | int, ...]
+"""A place in a recipe: keys and list indices from the top."""
+
+RANDOM = "random"
+
+for settings in (Training, Budget, Growth):  # pydantic looks for this on dataclasses, which need not know of it
+    settings.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[union-attr]
+
+
+class Section(BaseModel):
+    """Frozen, strict, and closed to keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class Model(Section):
+    """The network."""
+
+    name: str
+    """zoo:NAME, torchvision:NAME, timm:NAME, package.module:function, or a folder that secateur saved."""
+    options: dict[str, Any] = {}
+    """Passed to what builds it, such as classes: 10."""
+    weights: str | None = None
+    """A file of trained weights, or "random" for those that building gives; null with a train section, or a folder."""
+    base: str | None = None
+    """Of a saved folder: the dense network it was pruned from, if the folder does not say or is not trusted with it."""
+
+
+class OneShot(Section):
+    """All at once."""
+
+    kind: Literal["one-shot"] = "one-shot"
+
+
+class Iterative(Section):
+    """In several steps, with training between them."""
+
+    kind: Literal["iterative"]
+    steps: int = Field(default=5, ge=2, le=1000)
+    """How many cuts lead to the whole of the budget."""
+    training: Training | None = None
+    """Between two cuts; after the last one comes the finetune section."""
+
+
+class LayerByLayer(Section):
+    """One group after the other in the network's order, with training between them, as ThiNet does."""
+
+    kind: Literal["layer-by-layer"]
+    training: Training | None = None
+    """Between two cuts; after the last one comes the finetune section."""
+
+
+class Progressive(Section):
+    """Channels are set to zero again and again while the dense network trains, and cut at the end, as FPGM does."""
+
+    kind: Literal["progressive"]
+    soft: bool = False
+    """What was zeroed may come back; false: it stays zero."""
+    every: int = Field(default=1, ge=1)
+    """Epochs from one choice of channels to the next."""
+    grow: int = Field(default=0, ge=0)
+    """Epochs over which what is zeroed grows to the whole of it; 0: it is the whole at once."""
+    at_start: bool = False
+    """Choose before the first epoch, too."""
+    training: Training
+
+
+class Sparse(Section):
+    """A growing penalty makes the channels small that will go, while the dense network trains; then they are cut."""
+
+    kind: Literal["sparse"]
+    penalty: Growth = Growth()
+    training: Training
+
+
+Schedule = Annotated[OneShot | Iterative | LayerByLayer | Progressive | Sparse, Field(discriminator="kind")]
+
+
+class Prune(Section):
+    """Which channels go, and when."""
+
+    criterion: str = "l1"
+    """How channels are ranked."""
+    budget: Budget | None = None
+    """What the pruned network may cost; half the MACs, if neither this nor ratios is given."""
+    ratios: float | dict[str, int | float] | None = None
+    """The fraction to remove from every group, or by glob over their names: a fraction (0.5) or a width (48)."""
+    exclude: list[str] = []
+    """Names or globs of groups that stay whole."""
+    allocation: Literal["global", "uniform"] = "global"
+    """How a budget is shared: by score per cost over the whole network, or the same fraction everywhere."""
+    prefer: Literal["channels", "module"] = "channels"
+    """module: keep the halves of even splits equal, so that more networks stay plain modules."""
+    schedule: Schedule = OneShot()
+
+
+class Compensate(Section):
+    """Recovery without training, from activations on training images."""
+
+    readers: Literal["none", "bias", "least-squares"] = "least-squares"
+    """What becomes of the layers that read removed channels."""
+    batchnorm: bool = True
+    """Recalibrate the statistics of batch norm, last."""
+    batches: int = Field(default=16, ge=1)
+    """How many batches of calibration images are looked at."""
+
+
+class Teacher(Section):
+    """The network to learn from."""
+
+    name: str | None = None
+    """As a model's name; null: the dense network of this recipe's model."""
+    options: dict[str, Any] = {}
+    weights: str
+    """A file of trained weights."""
+
+
+class Distil(Section):
+    """While fine-tuning, learn from the dense network's outputs too."""
+
+    temperature: float = Field(default=4.0, gt=0)
+    weight: float = Field(default=0.9, ge=0, le=1)
+    """Of the teacher's outputs; the labels have the rest."""
+    features: float = Field(default=0.0, ge=0)
+    """Weight of the difference of feature maps at the groups' outputs."""
+    teacher: Teacher | None = None
+    """Null: the dense network of this run."""
+
+
+class Measure(Section):
+    """What is measured besides test accuracy, parameters and MACs."""
+
+    latency: bool = True
+    engine: Literal["torch", "onnxruntime"] = "torch"
+    threads: int = Field(default=1, ge=1)
+
+
+class Export(Section):
+    """What is written besides the saved network."""
+
+    onnx: bool = True
+    report: bool = True
+
+
+class Recipe(Section):
+    """A run of secateur from data to report."""
+
+    model: Model
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    """Of weights, split, order, augmentation and training: every phase's own is derived from it."""
+    data: DataSettings
+    train: Training | None = None
+    """How the dense network is trained; null: it comes with weights."""
+    prune: Prune | None = None
+    compensate: Compensate | None = None
+    finetune: Training | None = None
+    distil: Distil | None = None
+    scratch: Literal["none", "epochs", "compute"] = "none"
+    """Train the pruned architecture from fresh weights too, for as many epochs or as many MACs as the run took."""
+    measure: Measure = Measure()
+    export: Export = Export()
+    checkpoint_every: int = Field(default=200, ge=1)
+    """Training steps from one checkpoint to the next; there is one at the end of every epoch, too."""
+
+
+def is_folder(name: str) -> bool:
+    """Whether a model's name means a saved folder: all other forms have a colon."""
+    return ":" not in name
+
+
+def faults(recipe: Recipe) -> Iterator[tuple[Where, str]]:
+    """What is wrong with a recipe whose sections are right each for themselves: where, and what to do."""
+    yield from _faults_of_start(recipe)
+    for where, training in trainings(recipe):
+        yield from _raised(where, training, partial(check_training, training))
+    yield from _raised(("data",), recipe.data, partial(check_settings, recipe.data))
+    if recipe.prune is not None:
+        yield from _faults_of_pruning(recipe.prune)
+    elif recipe.compensate is not None:
+        yield ("compensate",), "there is nothing to make up for: the recipe has no prune section"
+    elif recipe.scratch != "none" and not is_folder(recipe.model.name):
+        yield ("scratch",), "there is no pruned architecture to train from scratch: the recipe has no prune section"
+    if recipe.distil is not None and recipe.finetune is None:
+        yield ("distil",), "distillation happens while fine-tuning: add a finetune section"
+    if recipe.distil is not None and recipe.distil.teacher is None and is_folder(recipe.model.name):
+        yield ("distil",), "a saved folder has no trained dense network to learn from: name a teacher with its weights"
+
+
+def trainings(recipe: Recipe) -> Iterator[tuple[Where, Training]]:
+    """Every training section of the recipe and its place."""
+    between = None if recipe.prune is None else getattr(recipe.prune.schedule, "training", None)
+    for where, training in (
+        (("train",), recipe.train),
+        (("prune", "schedule", "training"), between),
+        (("finetune",), recipe.finetune),
+    ):
+        if training is not None:
+            yield where, training
+
+
+def _raised(where: Where, settings: Training | DataSettings, check: Callable[[], None]) -> Iterator[tuple[Where, str]]:
+    """What a check of the section itself raises, at the key that it names."""
+    try:
+        check()
+    except BadRequest as error:
+        text = str(error).replace("\n  do: ", ": ")
+        named = next((key for key in vars(settings) if f"{key}=" in text), None)
+        yield (*where, named) if named else where, text
+
+
+def _faults_of_start(recipe: Recipe) -> Iterator[tuple[Where, str]]:
+    model = recipe.model
+    if is_folder(model.name):
+        if model.weights is not None:
+            yield ("model", "weights"), "a saved folder has its own weights: leave this out"
+        if recipe.train is not None:
+            yield ("train",), "a saved folder is trained already: call the section finetune"
+        return
+    if model.base is not None:
+        yield ("model", "base"), f"this is for a saved folder, and {model.name!r} is none"
+    if model.weights is None and recipe.train is None:
+        yield (
+            ("model",),
+            "the network would have random weights: give a file as weights, or a train section, or say "
+            f"weights: {RANDOM} if that is what you want",
+        )
+
+
+def _faults_of_pruning(prune: Prune) -> Iterator[tuple[Where, str]]:
+    if prune.criterion not in CRITERIA:
+        yield ("prune", "criterion"), f"there is no criterion {prune.criterion!r}{nearest(prune.criterion, CRITERIA)}"
+    budget = prune.budget
+    if budget is not None and (budget.keep is None) == (budget.at_most is None):
+        yield ("prune", "budget"), "give one of keep (a fraction) and at_most (an absolute cost)"
+    if budget is not None and budget.keep is not None and not 0 < budget.keep <= 1:
+        yield (
+            ("prune", "budget", "keep"),
+            f"a fraction of the dense cost, above 0 and at most 1, not {budget.keep}",
+        )
+    if budget is not None and isinstance(prune.ratios, (int, float)):
+        yield (
+            ("prune", "ratios"),
+            "one ratio fixes every group, which leaves nothing to meet the budget: give one of them",
+        )
+    by_glob = prune.ratios.values() if isinstance(prune.ratios, Mapping) else [prune.ratios or 0.0]
+    for ratio in by_glob:
+        if ratio < 0 or (isinstance(ratio, float) and ratio >= 1):
+            yield ("prune", "ratios"), f"{ratio} is neither a fraction to remove, in [0, 1), nor a width"
+
+
+def json_schema() -> str:
+    """The JSON schema of recipes, for editors and other programs."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
+    return json.dumps(schema, indent=2) + "\n"
+
+
+def known_keys(place: Where, *, kind: object = None) -> list[str]:
+    """The keys that the section at ``place`` may have; none for a place that is no section. ``kind``: where several
+    sections may stand, the one that is meant."""
+    schema = Recipe.model_json_schema()
+    nodes = [schema]
+    for part in place:
+        forms = [form for node in nodes for form in _forms(schema, node)]
+        nodes = [form["properties"][part] for form in forms if part in form["properties"]]
+    found = [form["properties"] for node in nodes for form in _forms(schema, node)]
+    meant = [keys for keys in found if kind is not None and keys.get("kind", {}).get("const") == kind]
+    return list(dict.fromkeys(key for keys in meant or found for key in keys))
+
+
+def _forms(schema: dict[str, Any], node: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The sections that a node of the schema allows, references followed."""
+    if "$ref" in node:
+        yield from _forms(schema, schema["$defs"][node["$ref"].rpartition("/")[2]])
+    for form in (*node.get("anyOf", ()), *node.get("oneOf", ())):
+        yield from _forms(schema, form)
+    if "properties" in node:
+        yield node
+
+
+def as_values(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as JSON values with every default written out. ``weights`` files as they were given."""
+    return recipe.model_dump(mode="json")
+
+
+def first_difference(one: Any, other: Any, place: str = "") -> str | None:
+    """The first key, dotted, at which two recipes' values differ; None where they are equal."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        for key in [*one, *(key for key in other if key not in one)]:
+            inner = f"{place}.{key}" if place else str(key)
+            if key not in one or key not in other:
+                return inner
+            found = first_difference(one[key], other[key], inner)
+            if found is not None:
+                return found
+        return None
+    return None if one == other and type(one) is type(other) else place
+
+
+def absolute(path: str) -> str:
+    """A path that does not depend on where the command is run."""
+    return str(Path(path).expanduser().resolve())
