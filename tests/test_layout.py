@@ -30,7 +30,7 @@ ROWS = [
     {"pipeline"},
     {"schedules"},
     {"__init__"},
-    {"zoo", "recipes", "demo", "cli", "cli_models", "cli_output", "cli_training", "__main__"},
+    {"zoo", "recipes", "cli", "cli_models", "cli_output", "cli_training", "__main__"},
 ]
 RANK = {name: rank for rank, row in enumerate(ROWS) for name in row}
 HEAVY = """accelerate hypothesis jinja2 matplotlib onnx onnxruntime onnxscript pandas pydantic rich scipy sklearn

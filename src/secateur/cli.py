@@ -96,17 +96,6 @@ def secateur() -> None:
     """
 
 
-@app.command(epilog="[bold]Example:[/]  [cyan]secateur demo[/]")
-def demo(
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for what it writes.")] = Path("demo"),
-    seed: Annotated[int, typer.Option("--seed", help="Seed of split, weights and training.")] = 0,
-) -> None:
-    """Train a ResNet-20 on handwritten digits, prune it to half its MACs, fine-tune, export, and report."""
-    from secateur.demo import run
-
-    run(output, seed=seed)
-
-
 @app.command(epilog="[bold]Example:[/]  [cyan]secateur inspect timm:efficientnet_lite0 --json[/]")
 def inspect(
     model: Model,

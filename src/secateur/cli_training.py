@@ -1,6 +1,6 @@
-"""The commands that train: ``run`` carries out a recipe, ``finetune`` a small one about a saved folder.
+"""The commands that train: ``run`` carries out a recipe, ``demo`` ours, ``finetune`` a small one about a saved folder.
 
-Both go on from where they were if they are interrupted, however, and given again. Started by ``torchrun``, every
+All go on from where they were if they are interrupted, however, and given again. Started by ``torchrun``, every
 process runs the command; the main one speaks, and so do the others if they fail where the main one does not.
 """
 
@@ -28,6 +28,19 @@ Cpu = Annotated[bool, typer.Option("--cpu", help="Stay on the CPU, even if there
 Allow = Annotated[
     bool, typer.Option("--allow-import", help="The recipe may name code of its own, package.module:function.")
 ]
+
+
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the run.")] = Path("demo"),
+    seed: Annotated[int, typer.Option("--seed", help="Seed of weights and training.")] = 0,
+    smoke: Smoke = False,
+) -> None:
+    """Train a ResNet-20 on handwritten digits, prune it to half its MACs, recover, export, and report."""
+    from secateur.recipes import demo_recipe
+
+    with _spoken(output) as folder:
+        _carry_out(demo_recipe(seed), folder, smoke=smoke, allow_import=False, cpu=True)
+    show.say(f"the report: {output / 'report.html'}")
 
 
 def run(
@@ -98,6 +111,7 @@ def finetune(
 
 def register(app: typer.Typer) -> None:
     """Make these commands of ``app``."""
+    app.command(epilog="[bold]Example:[/]  [cyan]secateur demo[/]")(demo)
     app.command(
         epilog="[bold]Examples:[/]\n\n[cyan]secateur run recipe.yaml --smoke[/]\n\n"
         "[cyan]torchrun --nproc-per-node=2 -m secateur run recipe.yaml -o runs/mine[/]"

@@ -4,7 +4,7 @@ outcome = run_recipe(read_recipe("recipe.yaml"), "runs/mine")
 """
 
 from secateur.recipes.job import Tell
-from secateur.recipes.reading import make_recipe, parse_recipe, read_recipe, write_recipe
+from secateur.recipes.reading import demo_recipe, make_recipe, parse_recipe, read_recipe, write_recipe
 from secateur.recipes.runner import Outcome, run_recipe
 from secateur.recipes.schema import Recipe, json_schema
 
@@ -12,6 +12,7 @@ __all__ = [
     "Outcome",
     "Recipe",
     "Tell",
+    "demo_recipe",
     "json_schema",
     "make_recipe",
     "parse_recipe",

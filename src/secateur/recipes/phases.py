@@ -56,7 +56,7 @@ def phases_of(job: Job) -> Iterator[Phase]:
     if recipe.export.onnx:
         yield Phase("export", "exporting", partial(results.export, final=final))
     if recipe.export.report:
-        yield Phase("report", "reporting", partial(results.report, dense=first, final=final))
+        yield Phase("report", "reporting", partial(results.report, dense=first, final=final, name=name))
 
 
 def _first(job: Job, progress: Progress, *, name: str) -> Facts:

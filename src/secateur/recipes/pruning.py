@@ -36,7 +36,7 @@ from secateur.schedules import (
     zeroing,
 )
 from secateur.schedules.options import start_of
-from secateur.surgery import apply
+from secateur.surgery import apply, record
 
 Decide = Callable[[Job, nn.Module], tuple[Plan, nn.Module]]
 """What a cut is: the plan, which speaks of the network it is given, and the smaller network."""
@@ -109,17 +109,20 @@ def pruning_options(job: Job) -> Options:
 def _cut(job: Job, progress: Progress, *, name: str, before: str, decide: Decide) -> Facts:
     """Decided and done by the main process alone; all others read what it wrote."""
 
-    def act() -> dict[str, int]:
+    def act() -> Facts:
         decided, small = decide(job, open_stage(job, before))
         keep_plan(job, name, decided)
         keep_stage(job, name, small)
+        applied = record(small)
         return {
             "channels": sum(group.channels for group in decided.groups),
             "kept": sum(len(kept) for kept in decided.keep.values()),
+            "tier": applied.tier if applied else "",
+            "difference": applied.difference if applied else None,
         }
 
-    channels = on_main(act)
-    facts = {**channels, **facts_of(job, open_stage(job, name))}
+    done = on_main(act)
+    facts = {**done, **facts_of(job, open_stage(job, name))}
     note(job, name, facts)
     return facts
 

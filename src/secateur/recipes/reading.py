@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,12 @@ def parse_recipe(text: str, *, name: str = "recipe") -> Recipe:
     except BadYaml as error:
         raise BadRequest(f"{name}{'' if error.line is None else f' line {error.line}'}: {error}") from None
     return _checked(document, name)
+
+
+def demo_recipe(seed: int = 0) -> Recipe:
+    """The recipe of ``secateur demo``."""
+    text = resources.files("secateur.recipes").joinpath("demo.yaml").read_text(encoding="utf-8")
+    return parse_recipe(text, name="demo.yaml").model_copy(update={"seed": seed})
 
 
 def make_recipe(values: Mapping[str, Any], *, name: str = "recipe") -> Recipe:

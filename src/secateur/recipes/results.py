@@ -18,16 +18,22 @@ from secateur.measurement import inference_runs, interleaved_latency_ms
 from secateur.onnx_file import export_onnx
 from secateur.recipes.folder import ENVIRONMENT, RunFolder, write_json, write_whole
 from secateur.recipes.job import Facts, Job, Progress, accuracy_on, on_main
+from secateur.recipes.metrics import read_metrics
 from secateur.recipes.networks import example_of, write_network
 from secateur.recipes.schema import Recipe
 from secateur.recipes.stages import note, open_stage, stage_path
-from secateur.report import Report, Row, environment, filter_norms, layer_rows, write_report
+from secateur.report import Curve, Report, Row, environment, filter_norms, layer_rows, write_report
 from secateur.surgery import record
 
 RESULTS, ONNX, REPORT, PRUNED, PLAN, MODEL = (
     "results.json", "model.onnx", "report.html", "pruned", "plan.json", "model",
 )  # fmt: skip
 REPEATS, SMOKE_REPEATS = 50, 3
+HOW = {
+    "module": "the tensors of the network's own modules were sliced",
+    "attributes": "tensors were sliced and the sizes that the forward computes with were set",
+    "graph": "the captured graph was rewritten",
+}
 
 
 def check_extras(recipe: Recipe) -> None:
@@ -119,44 +125,80 @@ def export(job: Job, progress: Progress, *, final: str) -> Facts:
     return on_main(act)
 
 
-def report(job: Job, progress: Progress, *, dense: str, final: str) -> Facts:
+def report(job: Job, progress: Progress, *, dense: str, final: str, name: str) -> Facts:
     """All of it as one page."""
 
     def act() -> None:
-        write_report(job.folder.path / REPORT, page(job, dense=dense, final=final))
+        write_report(job.folder.path / REPORT, page(job, dense=dense, final=final, name=name))
 
     on_main(act)
     return {}
 
 
-def page(job: Job, *, dense: str, final: str) -> Report:
-    """What the report says."""
+def page(job: Job, *, dense: str, final: str, name: str) -> Report:
+    """What the report says. ``dense`` and ``final``: phases; ``name``: what the final network is called."""
     models = [open_stage(job, dense), open_stage(job, final)]
     graphs = [trace(model, example_of(job.origin, model)) for model in models]
-    recipe = job.recipe
-    facts = {"data": f"{job.data.name}: {job.data.train.samples} images to train on, {job.data.validation.samples} to "
-             f"validate, {job.data.test.samples} to test"}  # fmt: skip
-    if recipe.prune is not None:
-        facts["criterion"] = recipe.prune.criterion
-        facts["schedule"] = recipe.prune.schedule.kind
-    for name, done in job.done.items():
-        if "epochs" in done:
-            facts[f"trained, {name}"] = f"{done['epochs']} epochs"
-        for step in done.get("steps", ()):
-            if step["validation"] is not None:
-                facts[f"{name}, {step['step']}"] = f"{100 * step['validation']:.2f} % of the validation images right"
-    facts["seed"] = str(recipe.seed)
-    if job.folder.smoke:
-        facts["smoke run"] = "cut short: its figures mean nothing"
     return Report(
         title=f"{job.origin.source.name} on {job.data.name}",
         rows=[Row(**row) for row in job.done["measure"]["rows"]],
         layers=layer_rows(layer_table(graphs[0]), layer_table(graphs[1])),
         norms=filter_norms(models[0]),
-        facts=facts,
+        final=name,
+        curves=curves_of(job),
+        law=_law(job),
+        facts=_facts(job),
         environment=environment(),
         command=_command(job.folder),
     )
+
+
+def curves_of(job: Job) -> list[Curve]:
+    """Every training of the run, from its records."""
+    found: dict[str, tuple[list[float], list[float | None]]] = {}
+    for one in read_metrics(job.folder):
+        if one.get("kind") == "epoch" and one["phase"] in job.done:
+            losses, scores = found.setdefault(one["phase"], ([], []))
+            losses.append(one["loss"])
+            scores.append(one.get("score"))
+    return [Curve(phase, losses, scores) for phase, (losses, scores) in found.items()]
+
+
+def _law(job: Job) -> dict[str, str]:
+    """How far every cut's outcome was from the masked network, at worst."""
+    cuts = [done for done in job.done.values() if done.get("difference") is not None]
+    if not cuts:
+        return {}
+    worst = max(done["difference"] for done in cuts)
+    how = {done["tier"]: HOW[done["tier"]] for done in cuts}
+    return {
+        "largest difference": f"{worst:.1e} of the largest output, in float64, at random weights too",
+        "how it was cut": "; ".join(how.values()),
+    }
+
+
+def _facts(job: Job) -> dict[str, str]:
+    recipe, data = job.recipe, job.data
+    sizes = (
+        f"{data.train.samples} images to train on, {data.validation.samples} to validate, {data.test.samples} to test"
+    )
+    facts = {"data": f"{data.name}: {sizes}"}
+    if recipe.prune is not None:
+        facts["criterion"] = recipe.prune.criterion
+        facts["schedule"] = recipe.prune.schedule.kind
+    for name, done in job.done.items():
+        if "kept" in done:
+            facts[f"{name}, channels"] = f"{done['kept']} of {done['channels']} kept"
+        if "epochs" in done:
+            facts[f"{name}, trained"] = f"{done['epochs']} epochs"
+        for step in done.get("steps", ()):
+            if step["validation"] is not None:
+                what = "as it came" if step["step"] == "none" else f"after {step['step']}"
+                facts[f"{name}, {what}"] = f"{100 * step['validation']:.2f} % of the validation images right"
+    facts["seed"] = str(recipe.seed)
+    if job.folder.smoke:
+        facts["smoke run"] = "cut short: its figures mean nothing"
+    return facts
 
 
 def read_results(folder: RunFolder) -> dict[str, Any]:

@@ -218,7 +218,8 @@ def _summary(facts: Facts) -> str:
         told.append(f"{100 * facts['validation']:.2f} % of the validation images right")
     for step in facts.get("steps", ()):
         if step["validation"] is not None:
-            told.append(f"{100 * step['validation']:.2f} % after {step['step']}")
+            what = "as it came" if step["step"] == "none" else f"after {step['step']}"
+            told.append(f"{100 * step['validation']:.2f} % {what}")
     return ", ".join(told) or "done"
 
 
