@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from secateur.cli import app
+from secateur.recipes import parse_recipe
 from secateur.zoo.torchvision_shim import import_torchvision
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +43,12 @@ def test_documents_run(document: Path, tmp_path: Path, monkeypatch: pytest.Monke
     session: dict[str, object] = {"__name__": "document"}
     for source in re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
         exec(compile(source, document.name, "exec"), session)
+
+
+def test_recipes_can_be_read() -> None:
+    (text,) = blocks("yaml")
+    recipe = parse_recipe(text)
+    assert recipe.model.name == "zoo:resnet56"
 
 
 def test_command_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
