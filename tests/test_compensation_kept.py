@@ -359,3 +359,34 @@ def _in_process(folder: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     _in_process(Path(sys.argv[1]))
+
+
+class TwoInputs(nn.Module):
+    """Runs on one input or on two; the second changes what the batch norm sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.n, self.c = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 1), nn.BatchNorm2d(6), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor, extra: Tensor | None = None) -> Tensor:
+        x = F.relu(self.a(x if extra is None else x + extra))
+        return self.c(F.relu(self.n(self.b(x))))
+
+
+def test_all_steps_run_on_the_same_inputs() -> None:
+    torch.manual_seed(0)
+    model = TwoInputs().double().eval()
+    batches = [(x, 5 * y) for x, y in zip(data(), data(3), strict=True)]
+    plan = sc.plan(model, batches[0], ratios={"a": 0.5})
+    small = sc.apply(model, plan)
+    compensate_(small, model, plan, batches, readers="none")
+    wanted = torch.cat([small.b(F.relu(small.a(x + y))).movedim(1, 0).flatten(1) for x, y in batches], 1)
+    assert torch.allclose(small.n.running_var, wanted.var(1), rtol=1e-9)
+    assert not torch.allclose(small.n.running_var, model.n.running_var)
+
+
+def test_an_added_bias_and_a_captured_graph_do_not_go_together() -> None:
+    edits = (sc.Edit("bias", "c", "", 3), sc.Edit("graph", ""))
+    _, plan, _ = made()
+    with pytest.raises(sc.BadPlan, match="plan with prefer='module', or compensate only after the last cut"):
+        dataclasses.replace(plan, edits=edits)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import secateur as sc
 from networks.common import tensor
+from secateur.proofs import redrawn
 
 X = tensor(1, 3, 8, 8)
 
@@ -106,3 +107,15 @@ def test_a_number_that_depends_on_the_batch_is_left_to_the_users_own_code() -> N
     assert sc.apply(model, plan)(torch.cat([X, X, X]))[1] == 3
     with pytest.raises(sc.CannotCapture, match="a number that depends on the batch"):
         sc.masked(model, plan)
+
+
+def test_drawing_anew_says_nothing_about_gradients() -> None:
+    """A warning would make a way of cutting fail for those who turn warnings into errors."""
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        found = redrawn({"scale": nn.Parameter(torch.ones(3)), "shift": nn.Parameter(torch.zeros(3))})
+    finally:
+        torch.set_warn_always(before)
+    assert float(found["scale"].min()) >= 0.5
+    assert float(found["shift"].max()) <= 0.5

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -219,3 +221,20 @@ def test_data_that_can_be_read_once() -> None:
         check_repeatable((x for x in [1]), "compensation")
     with pytest.raises(sc.BadRequest, match="not int"):
         check_repeatable(3, "compensation")  # type: ignore[arg-type]
+
+
+def test_a_walk_that_waits_holds_what_is_live_alone() -> None:
+    _, coupling, data = setup()
+    graph = coupling.graph.captures[0].graph
+    second = [n for n in graph.nodes if n in coupling.passes[0].readers][1]
+    keep = torch.ones(len(coupling.group_of), dtype=torch.bool)
+    x = data[0].clone()
+    gone = weakref.ref(x)
+    waiting = walk(coupling, keep, coupling.graph.tensors, [x], 0, {second})
+    del x
+    with torch.no_grad():
+        node, _ = next(waiting)
+    assert node is second
+    gc.collect()
+    assert gone() is None
+    waiting.close()

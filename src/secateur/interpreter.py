@@ -65,6 +65,7 @@ def walk(
     adapt = _Adapter(capture.graph, state, inputs)
     env: Env = {}
     queue = list(inputs)
+    del inputs  # a walk that waits holds what is live, and no more
     last_use = {source: node for node in capture.graph.nodes for source in node.all_input_nodes}
     for node in capture.graph.nodes:
         if node in watch:

@@ -208,7 +208,10 @@ def check_biases(edits: Sequence[Edit], model: Mapping[str, Shape]) -> None:
         if bias_of(target) in model or targets.count(target) > 1:
             raise BadPlan(f"edits: {target!r} has a bias, and no second one can be added")
     if targets and any(edit.kind == "graph" for edit in edits):
-        raise BadPlan(f"edits: a bias is added to {targets[0]!r}, but the pruned network is a captured graph")
+        raise BadPlan(
+            f"edits: a bias is added to {targets[0]!r}, but the pruned network is a captured graph, which has no place "
+            "for it\n  do: plan with prefer='module', or compensate only after the last cut"
+        )
 
 
 def inputs_of(inputs: object) -> dict[str, Any]:

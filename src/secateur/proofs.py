@@ -122,7 +122,7 @@ def redrawn(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     found = perturbed(tensors)
     for name, value in found.items():
         if value.is_floating_point() and value.numel() and (value.dim() < 2 or value.numel() == max(value.shape)):
-            positive = value.numel() > 1 and float(tensors[name].min()) > 0
+            positive = value.numel() > 1 and float(tensors[name].detach().min()) > 0
             found[name] = torch.rand(value.shape, generator=generator, dtype=torch.float64) + (
                 0.5 if positive else -0.5
             )

@@ -100,12 +100,14 @@ def batches(data: Iterable[Any], graph: Graph, device: torch.device, dtype: torc
     batch has another.
     """
     for number, batch in enumerate(data):
-        found = _inputs(batch, graph, number)
+        _, found = read_inputs(batch, graph, number)
         moved = [t.to(device) for t in found]
         yield [t.to(dtype) if dtype is not None and t.is_floating_point() else t.clone() for t in moved]
 
 
-def _inputs(batch: Any, graph: Graph, number: int) -> Inputs:
+def read_inputs(batch: Any, graph: Graph, number: int) -> tuple[Any, Inputs]:
+    """What of a batch the network is run on, as the user gave it, and its tensors in order: all of it if that fits the
+    captured inputs, else the first of a pair ``(inputs, targets)``."""
     pair = isinstance(batch, (tuple, list)) and len(batch) == 2
     problem = ""
     for offer in (batch, *([batch[0]] if pair else [])):
@@ -117,7 +119,7 @@ def _inputs(batch: Any, graph: Graph, number: int) -> Inputs:
             continue
         problem = _misfit(found, graph)
         if not problem:
-            return found
+            return offer, found
     raise BadRequest(
         f"batch {number} of the data does not fit the network: {problem}\n"
         "  do: pass batches of inputs, or of (inputs, targets), shaped as the example that the plan was made with"

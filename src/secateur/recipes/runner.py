@@ -9,13 +9,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -88,7 +91,7 @@ def run_recipe(
         done = on_main(lambda: folders.done_phases(place))
         job = dataclasses.replace(job, record=record, done=done)
         stack.enter_context(_logged(job))
-        _run(job)
+        _run(job, stack.enter_context(_listening()))
         return on_main(lambda: _outcome(place))
 
 
@@ -175,9 +178,10 @@ def _begin(stack: ExitStack, job: Job, recipe: Recipe) -> None:
     )
 
 
-def _run(job: Job) -> None:
+def _run(job: Job, heard: Callable[[], None]) -> None:
     fresh = True
     for phase in phases_of(job):
+        heard()
         if phase.name in job.done:
             job.say(f"{phase.title}: done before")
             continue
@@ -234,6 +238,31 @@ def _logged(job: Job) -> Iterator[None]:
             with contextlib.suppress(SecateurError):  # the disk may be what is wrong
                 folders.log(job.folder, text)
         raise
+
+
+@contextlib.contextmanager
+def _listening() -> Iterator[Callable[[], None]]:
+    """Ctrl-C interrupts at once, as ever. Where that gets lost (in a callback whose errors are ignored, as capturing a
+    network has some), what this gives raises KeyboardInterrupt when it is called next."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    pressed = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        pressed = True
+        raise KeyboardInterrupt
+
+    def heard() -> None:
+        if pressed:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield heard
+    finally:
+        signal.signal(signal.SIGINT, before if before is not None else signal.SIG_DFL)
 
 
 def _few(data: Data) -> Data:

@@ -30,7 +30,7 @@ from secateur.recover.batchnorm import Step, statistics_of
 from secateur.recover.readers import Reader, find_readers
 from secateur.recover.reconstruction import Fit, Fitted, Task, fit_readers
 from secateur.slicing import RECORD, attention_factors, named, small_tensor
-from secateur.statistics import batches, check_repeatable
+from secateur.statistics import batches, check_repeatable, read_inputs
 from secateur.surgery import record
 
 READERS = ("none", "bias", "least-squares")
@@ -86,12 +86,24 @@ def compensate_(
         if batchnorm:
             total = len(data) if isinstance(data, Sized) else 0
             tell = None if progress is None else lambda done: progress("batch norm", done, total)
-            found = statistics_of(small, data, tell)
+            found = statistics_of(small, _InputsAlone(data, coupling.graph), tell)
             with torch.no_grad():
                 for tensor, value in found.values:
                     tensor.copy_(value)
             steps.append(replace(found.step, accuracy=_score(small, evaluate)))
     return Compensation(tuple(steps))
+
+
+@dataclass(frozen=True)
+class _InputsAlone:
+    """The same batches with nothing beside the inputs, so that all steps run the network on the same of them."""
+
+    data: Iterable[Any]
+    graph: Graph
+
+    def __iter__(self) -> Iterator[tuple[Any, None]]:
+        for number, batch in enumerate(self.data):
+            yield read_inputs(batch, self.graph, number)[0], None
 
 
 def _check_request(readers: str, fit: Fit, data: Iterable[Any]) -> None:
