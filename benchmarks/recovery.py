@@ -15,7 +15,9 @@ not computed again, and a training that was interrupted goes on where it was.
 from __future__ import annotations
 
 import argparse
+import copy
 import fcntl
+import functools
 import json
 import statistics
 import time
@@ -175,11 +177,15 @@ def run_budget(found: Cells, seed: int, keep: float, at: Setting) -> None:
     plan = sc.plan(at.dense, example, criterion="l1", budget=budget)
     calibration = at.data.calibration.first(at.size.calibration)
 
-    def start(readers: str, batchnorm: bool) -> nn.Module:
+    @functools.cache
+    def compensated(readers: str, batchnorm: bool) -> nn.Module:
         small = sc.apply(at.dense, plan, check=False)
         if readers != "none" or batchnorm:
             compensate_(small, at.dense, plan, calibration, readers=readers, batchnorm=batchnorm)
         return small
+
+    def start(readers: str, batchnorm: bool) -> nn.Module:
+        return copy.deepcopy(compensated(readers, batchnorm))
 
     def score(what: str, make: Callable[[], nn.Module]) -> None:
         found.cell(seed, str(keep), what, lambda: accuracy(make(), at.data.test))

@@ -21,7 +21,7 @@ from secateur.errors import BadRequest
 from secateur.zoo.data import DataSettings, Loader, open_data
 from secateur.zoo.data.grey import DEBIAN
 from secateur.zoo.data.images import Images, Shift, moments, shift_table
-from secateur.zoo.data.splits import draw_in_proportion
+from secateur.zoo.data.splits import draw_in_proportion, limit_to
 from secateur.zoo.torchvision_shim import import_torchvision
 
 # the machine that runs this may have a torchvision that does not match its torch
@@ -85,6 +85,21 @@ def test_what_is_left_to_draw_goes_round() -> None:
     labels = torch.arange(150) % 10
     assert torch.bincount(labels[draw_in_proportion(labels, 25, 0)[0]]).tolist() == [3] * 5 + [2] * 5
     assert torch.bincount(labels[draw_in_proportion(labels, 149, 0)[0]]).tolist() == [15] * 9 + [14]
+
+
+def test_a_limit_leaves_something_of_every_class() -> None:
+    labels = torch.cat([torch.zeros(990, dtype=torch.int64), torch.arange(1, 10)])
+    labels = labels[torch.randperm(999, generator=torch.Generator().manual_seed(0))]
+    assert torch.bincount(labels[limit_to(labels, 10, 0)]).tolist() == [1] * 10
+    assert torch.bincount(labels[limit_to(labels, 100, 0)]).tolist() == [91] + [1] * 9
+    with pytest.raises(BadRequest, match="limit=9 is too small: there are 10 classes"):
+        limit_to(labels, 9, 0)
+    uneven = torch.repeat_interleave(torch.arange(3), torch.tensor([600, 395, 5]))
+    # shares of 30, 19.75 and 0.25: the second class was to have 20, which is more above its share than any other
+    assert torch.bincount(uneven[limit_to(uneven, 50, 0)]).tolist() == [30, 19, 1]
+    # where everybody has a share of one or more, nothing but the share counts
+    for limit in (200, 201, 999):
+        assert torch.equal(limit_to(uneven, limit, 3), draw_in_proportion(uneven, limit, 3)[0])
 
 
 def test_validation_and_limit_as_numbers() -> None:

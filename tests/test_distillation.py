@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import secateur as sc
 from bare_loop import CLASSES, X, batches, chain, same_weights, sgd, small
 from networks import NETWORKS
-from secateur.recover.distillation import distil, find_taps
+from secateur.recover.distillation import LEAST_ENERGY, Tap, distil, feature_distance, find_taps
 
 INPUTS, TARGETS = next(batches(0))
 
@@ -133,13 +133,44 @@ def test_maps_are_compared_on_the_channels_that_were_kept() -> None:
     for name in names:
         t, s = maps[name]
         t = t[:, torch.from_numpy(kept[f"{name}.weight"][0])]
-        distances.append(float((s - t).square().mean() / t.square().mean()))
+        apart = [float((a - b).square().mean() / b.square().mean()) for a, b in zip(s, t, strict=True)]
+        distances.append(sum(apart) / len(apart))
     assert distances[0] < 1e-10, "the stem's kept filters see the same input as before"
     assert distances[1] > 1e-3
     for name, distance in zip(names, distances, strict=True):
         assert feature_part(teacher, student, groups=[name]) == pytest.approx(distance, rel=1e-3, abs=1e-6)
     together = sum(distances) / len(distances)
     assert feature_part(teacher, student, groups=names) == pytest.approx(together, rel=1e-3)
+
+
+def test_the_distance_of_maps_does_not_depend_on_how_a_batch_is_shared() -> None:
+    teacher, student, _ = pair()
+    taps = find_taps(teacher, student, None)
+    own, theirs = {}, {}
+    loud = torch.tensor([1.0, 30.0, 0.1, 3.0]).view(4, 1, 1, 1)  # examples of unlike energies
+    for name, maps, seed in (("own", own, 0), ("theirs", theirs, 1)):
+        g = torch.Generator().manual_seed(seed)
+        for tap in taps:
+            kept = student.get_submodule(tap.module).weight.shape[0]
+            channels = kept if name == "own" else teacher.get_submodule(tap.module).weight.shape[0]
+            maps[tap.module] = [torch.randn(4, channels, 3, 3, generator=g) * loud]
+    whole = feature_distance(taps, own, theirs)
+
+    def part(maps: dict[str, list[Tensor]], at: slice) -> dict[str, list[Tensor]]:
+        return {name: [m[at] for m in each] for name, each in maps.items()}
+
+    halves = [feature_distance(taps, part(own, at), part(theirs, at)) for at in (slice(2), slice(2, 4))]
+    assert float(sum(halves) / 2) == pytest.approx(float(whole), rel=1e-5)
+    assert abs(float(halves[0] / halves[1]) - 1) > 1e-3
+
+
+def test_a_map_that_is_zero_does_not_drown_the_others() -> None:
+    tap = Tap("a", 1, None)
+    s, t = torch.full((2, 3, 4, 4), 1e-3), torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)])
+    want = (1e-6 / LEAST_ENERGY + (1 - 1e-3) ** 2) / 2
+    assert float(feature_distance([tap], {"a": [s]}, {"a": [t]})) == pytest.approx(want, rel=1e-4)
+    same = feature_distance([tap], {"a": [t[:, 0, 0, 0]]}, {"a": [t[:, 0, 0, 0]]})  # a map of one axis is one row
+    assert float(same) == 0.0
 
 
 def test_by_default_every_group_is_looked_at() -> None:

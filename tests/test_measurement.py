@@ -57,6 +57,27 @@ def test_measure_takes_a_graph() -> None:
     assert found.engine == "torch"
 
 
+class Caching(nn.Module):
+    """Makes a table in its first forward, which every other one multiplies with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = net()
+        self.table: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.table is None:
+            self.table = torch.linspace(1, 2, 3)
+        return self.inner(x) * self.table
+
+
+def test_what_was_evaluated_can_be_trained() -> None:
+    model = Caching()
+    accuracy(model, blobs())
+    model(blobs()[0][0]).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_accuracy_is_the_fraction_of_right_ones() -> None:
     x = torch.zeros(5, 1)
     data = [(x, torch.tensor([1, 1, 0, 1, 2])), (x[:3], torch.tensor([1, 0, 0]))]

@@ -131,6 +131,15 @@ FOLDER = "model: {name: some/folder}\ndata: {name: digits}\n"
         (NET + "scratch: epochs\n", "line 3: scratch: there is no pruned architecture"),
         (NET.replace("weights", "base"), "line 1: model.base: this is for a saved folder"),
         (FOLDER.replace("folder}", "folder, weights: a.pth}"), "line 1: model.weights: a saved folder has its own"),
+        (
+            NET + "prune: {schedule: {kind: progressive, training: {keep: best}}}\n",
+            "line 3: prune.schedule.training.keep: the best epoch is mostly one from before",
+        ),
+        (
+            NET + "prune: {schedule: {kind: sparse, training: {keep: best}}}\n",
+            "would undo the penalty: write keep: last",
+        ),
+        (NET + "finetune: {}\ndistil: {features: 1.0}\n", "line 4: distil.features: feature maps are compared on"),
         (FOLDER + "train: {}\n", "line 3: train: a saved folder is trained"),
         (FOLDER + "finetune: {}\ndistil: {}\n", "line 4: distil: a saved folder"),
     ],

@@ -21,6 +21,7 @@ from secateur.errors import BadArtifact, BadRequest, SecateurError
 from secateur.recipes import Outcome, Tell, make_recipe, parse_recipe, run_recipe
 from secateur.recipes.folder import RunFolder, append_line, locked, write_whole
 from secateur.recipes.metrics import keep_metrics, read_metrics
+from secateur.recipes.runner import resolved
 from tiny_runs import recipe, small, write
 
 FULL = recipe(
@@ -219,6 +220,51 @@ def test_weights_of_another_network(tmp_path: Path) -> None:
     with pytest.raises(sc.WrongModel, match=r"'0\.bias' is \[4\] in the file"):
         go(values, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_that_cannot_teach_is_told_at_the_start(tmp_path: Path) -> None:
+    save_file(small().state_dict(), tmp_path / "right.safetensors")
+    save_file(small(classes=7).state_dict(), tmp_path / "seven.safetensors")
+    save_file(small(width=4).state_dict(), tmp_path / "thin.safetensors")
+    right, seven, thin = (str(tmp_path / f"{name}.safetensors") for name in ("right", "seven", "thin"))
+    named = {"name": "tiny_runs:small", "options": {"classes": 7}, "weights": seven}
+    narrow = {"name": "tiny_runs:small", "options": {"width": 4}, "weights": thin}
+    for distil, message in (
+        ({"teacher": {"weights": thin}}, r"'0\.bias' is \[4\] in the file"),
+        ({"teacher": {**named, "weights": right}}, r"right\.safetensors does not fit"),
+        ({"teacher": named}, r"distil\.teacher: tiny_runs:small scores 7 classes, and digits has 10"),
+        ({"teacher": {"name": "tiny_runs:flat", "weights": right}}, r"right\.safetensors does not fit"),
+        ({"teacher": narrow, "features": 1.0}, r"distil\.features: the teacher's feature maps are not those"),
+    ):
+        with pytest.raises(SecateurError, match=message):
+            go(recipe(distil=distil), tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+
+def test_maps_that_cannot_be_compared_are_told_at_the_start(tmp_path: Path) -> None:
+    with pytest.raises(BadRequest, match="a captured graph without modules"):
+        go(recipe(model={"name": "tiny_runs:shuffled"}, prune={"ratios": 0.5}, distil={"features": 1.0}),
+           tmp_path / "run")  # fmt: skip
+    assert not (tmp_path / "run").exists()
+
+
+def test_resolved_paths_do_not_depend_on_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def data_of(**data: Any) -> tuple[str, Any]:
+        found = resolved(make_recipe(recipe(data=data))).data
+        return found.name, found.root
+
+    here = str(tmp_path.resolve())
+    assert data_of(name="cifar10", root="sets") == ("cifar10", f"{here}/sets")
+    assert data_of(name="folder:own/images") == (f"folder:{here}/own/images", None)
+    assert data_of(name="folder:images", root="sets") == (f"folder:{here}/sets/images", f"{here}/sets")
+    assert data_of(name=f"folder:{here}/a", root="sets") == (f"folder:{here}/a", f"{here}/sets")
+    assert data_of(name="tiny_runs:data") == ("tiny_runs:data", None)
+    assert data_of(name="digits") == ("digits", None)
+    again = resolved(make_recipe(recipe(data={"name": "folder:images", "root": "sets"})))
+    monkeypatch.chdir("/")
+    assert resolved(again) == again
 
 
 def test_own_code_must_be_allowed(tmp_path: Path) -> None:

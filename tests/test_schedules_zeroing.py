@@ -246,6 +246,26 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(soft: bool) -> None:
     assert resumed.plan() == progress.plan()
 
 
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_state_from_before_the_first_choice_is_gone_on_from(soft: bool) -> None:
+    def make(net: nn.Module) -> Zeroing:
+        return zeroing(net, X, ratios=0.5, soft=soft)
+
+    net, again = chain(), chain(3)
+    progress, resumed = make(net), make(again)
+    assert progress.hooks.state is not None
+    assert resumed.hooks.restore is not None
+    resumed.select_()  # as a schedule that zeroes at its start does, before it sees the checkpoint
+    resumed.hooks.restore(dict(progress.hooks.state()))
+    again.load_state_dict(net.state_dict())
+    assert resumed.hooks.state is not None
+    assert resumed.hooks.state() == progress.hooks.state()
+    train(net, progress.hooks, sgd(net), range(2))
+    train(again, resumed.hooks, sgd(again), range(2))
+    assert same_weights(again, net)
+    assert resumed.plan() == progress.plan()
+
+
 def test_the_state_is_plain() -> None:
     net = chain()
     progress = zeroing(net, X, ratios=0.5)

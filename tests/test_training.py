@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
+import secateur as sc
 from secateur.errors import BadRequest, MissingExtra
 from secateur.measurement import accuracy
 from secateur.recover import Hooks, Run, Training, cross_entropy, fit_, loop
@@ -192,8 +193,35 @@ def test_the_average_is_what_is_evaluated_and_kept() -> None:
         mean = {k: 0.75 * mean[k] + 0.25 * v if v.is_floating_point() else v for k, v in state.items()}
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, seen[-1][name])
-        if tensor.is_floating_point():
-            torch.testing.assert_close(tensor, mean[name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(tensor, mean[name], rtol=1e-5, atol=1e-6)
+
+
+class Indexed(nn.Module):
+    """With tensors of which there is no mean, and a complex one, of which there is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = net()
+        self.register_buffer("index", torch.arange(300))
+        self.register_buffer("chosen", torch.tensor([True, False]))
+        self.register_buffer("phase", torch.zeros(2, dtype=torch.complex64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+def test_the_average_of_what_is_not_floating_is_what_it_is_now() -> None:
+    model = Indexed()
+
+    def turn(m: nn.Module) -> None:
+        m.phase += 1 + 2j  # type: ignore[operator]
+        m.chosen.logical_not_()  # type: ignore[operator, union-attr]
+
+    fit_(model, blobs(), Training(epochs=1, ema=0.9), hooks=Hooks(after_step=turn))
+    assert torch.equal(model.index, torch.arange(300))
+    assert model.chosen.tolist() == [False, True]
+    assert int(model.inner[1].num_batches_tracked) == 3  # type: ignore[arg-type]
+    torch.testing.assert_close(model.phase, torch.full((2,), 1.29 * (1 + 2j), dtype=torch.complex64))
 
 
 def test_frozen_norms_keep_their_statistics_and_learn_their_weights() -> None:
@@ -204,6 +232,45 @@ def test_frozen_norms_keep_their_statistics_and_learn_their_weights() -> None:
     assert torch.equal(before["running_mean"], after["running_mean"])
     assert int(after["num_batches_tracked"]) == 0
     assert not torch.equal(before["weight"], after["weight"])
+
+
+class Uneven(nn.Module):
+    """After the cut its chunks are uneven, which only the rewritten graph can do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.n, self.drop, self.b = nn.Conv2d(1, 12, 1), nn.BatchNorm2d(12), nn.Dropout(), nn.Conv2d(12, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, third = self.n(self.a(x)).chunk(3, 1)
+        return self.b(self.drop(torch.cat([third, first, second], 1).relu())).mean((2, 3))
+
+
+def test_frozen_norms_of_a_rewritten_graph_keep_their_statistics() -> None:
+    torch.manual_seed(0)
+    model = Uneven()
+    inputs = blobs()[0][0]
+    small = sc.apply(model, sc.plan(model, inputs, ratios={"a": 0.5}))
+    assert sc.record(small).tier == "graph"  # type: ignore[union-attr]
+    before = copy.deepcopy(small.state_dict())
+    fit_(small, blobs(), Training(epochs=1, freeze_norms=True))
+    for name, tensor in small.state_dict().items():
+        still = name.startswith("n.") and name not in ("n.weight", "n.bias")
+        assert torch.equal(tensor, before[name]) is still, name
+    fit_(small, blobs(), Training(epochs=1))
+    assert not torch.equal(small.get_buffer("n.running_mean"), before["n.running_mean"])
+
+
+def test_freezing_a_norm_does_not_freeze_what_lies_inside_of_it() -> None:
+    model = nn.Sequential(net(dropout=0.2))
+    model.register_buffer("running_mean", torch.zeros(1))
+    modes: list[tuple[bool, ...]] = []
+
+    def note(m: nn.Module) -> None:
+        modes.append((m.training, m[0].training, m[0][1].training, m[0][3].training))  # type: ignore[index, operator, union-attr]
+
+    fit_(model, blobs(), Training(epochs=1, freeze_norms=True), hooks=Hooks(after_step=note))
+    assert set(modes) == {(False, True, False, True)}
 
 
 def test_hooks_are_called_where_their_names_say() -> None:
@@ -374,6 +441,76 @@ def test_bad_data(name: str) -> None:
         fit_(net(), data, Training(epochs=1))
 
 
+@pytest.mark.parametrize("objective", [None, cross_entropy(0.1)])
+@pytest.mark.parametrize(("target", "match"), [(3, "target 3 is out of range: .* 3 cl"), (-1, "target -1 is out of")])
+def test_bad_targets_under_mixup(objective: Any, target: int, match: str) -> None:
+    good, bad = torch.tensor([0, 1]), torch.tensor([0, target])
+    inputs = torch.zeros(2, 1, 6, 6)
+    for data in ([(inputs, bad)], [(inputs, good), (inputs, bad)]):
+        with pytest.raises(BadRequest, match=match):
+            fit_(net(), data, Training(epochs=1, mixup=0.4), objective=objective)
+
+
+class Streamed(IterableDataset[Any]):
+    """Examples without a length."""
+
+    def __iter__(self) -> Any:
+        return iter(zip(*images(50), strict=True))
+
+
+def test_a_loader_without_a_length_is_counted() -> None:
+    model, plain = net(), net()
+    fit_(model, DataLoader(Streamed(), 8), Training(epochs=2, lr=0.05))
+    fit_(plain, blobs(50, batch=8), Training(epochs=2, lr=0.05))
+    assert same(model, plain)
+
+
+@pytest.mark.parametrize("where", ["evaluate", "objective", "hook", "data"])
+def test_an_error_of_the_users_leaves_modes_and_gradients(where: str) -> None:
+    """The weights are those of the moment; without an error what there was of gradients is no part of training."""
+    model, plain, steps = net(), net(), []
+    model.train()
+    model[1].eval()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    gradients = [p.grad for p in model.parameters()]
+    modes = [module.training for module in model.modules()]
+
+    def fail(here: str, value: Any) -> Any:
+        if where == here and len(steps) >= 2:
+            raise ZeroDivisionError(here)
+        return value
+
+    class Failing(list[Any]):
+        def __iter__(self) -> Any:
+            return (fail("data", pair) for pair in super().__iter__())
+
+    def train() -> None:
+        fit_(
+            model,
+            Failing(blobs()),
+            Training(epochs=1, lr=0.05),
+            evaluate=lambda m: fail("evaluate", 0.0),
+            objective=lambda m, x, y: fail("objective", cross_entropy()(m, x, y)),
+            hooks=Hooks(after_step=lambda m: steps.append(1), after_backward=lambda m: fail("hook", None)),
+        )
+
+    with pytest.raises(ZeroDivisionError, match=where):
+        train()
+    assert [module.training for module in model.modules()] == modes
+    for p, gradient in zip(model.parameters(), gradients, strict=True):
+        assert p.grad is gradient
+        assert torch.equal(gradient, torch.ones_like(p))
+    assert not torch.equal(model[0].weight, plain[0].weight)
+    model.load_state_dict(plain.state_dict())
+    where = "nowhere"
+    train()
+    fit_(plain, blobs(), Training(epochs=1, lr=0.05))
+    assert same(model, plain)
+    assert not any(module.training for module in model.modules())
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_bad_models_and_runs() -> None:
     with pytest.raises(BadRequest, match="the model returns tuple\n  do: pass objective="):
         fit_(Pair(), blobs())
@@ -466,3 +603,17 @@ def test_tensorboard_gets_every_number(tmp_path: Path) -> None:
     assert [(e.step, e.value) for e in read.Scalars("finetune/epoch/score")] == [(3, 0.5), (6, 0.5)]
     losses = [event.value for event in read.Scalars("finetune/epoch/loss")]
     assert losses == pytest.approx([epoch.loss for epoch in history], rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+@pytest.mark.parametrize("mixup", [0.0, 0.5])
+def test_whole_numbers_of_any_type_are_classes(dtype: torch.dtype, mixup: float) -> None:
+    same = [fitted([(x, y.to(kind)) for x, y in blobs()], mixup) for kind in (torch.int64, dtype)]
+    assert torch.equal(*same)
+
+
+def fitted(batches: list[tuple[Tensor, Tensor]], mixup: float) -> Tensor:
+    torch.manual_seed(0)
+    model = net()
+    fit_(model, batches, Training(epochs=1, lr=0.1, mixup=mixup))
+    return torch.cat([p.detach().flatten() for p in model.parameters()])

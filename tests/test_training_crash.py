@@ -74,7 +74,7 @@ def test_ctrl_c_twice_insists(tmp_path: Path) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("went on")
 
-    model = net()
+    model = net().eval()
     with pytest.raises(KeyboardInterrupt, match=r"^$"):
         fit_(model, blobs(), Training(epochs=1), evaluate=evaluate)
     assert not model.training

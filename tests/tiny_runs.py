@@ -39,6 +39,16 @@ def grouped() -> nn.Module:
     )  # fmt: skip
 
 
+def shuffled() -> nn.Module:
+    """Channels change places, so that cutting it leaves a captured graph."""
+    from networks.architectures import ShuffleUnit
+
+    return nn.Sequential(
+        nn.Conv2d(1, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(), ShuffleUnit(12), ShuffleUnit(12),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(48, 10),
+    )  # fmt: skip
+
+
 def flat() -> nn.Module:
     """Not class scores."""
     return nn.Conv2d(1, 3, 1)

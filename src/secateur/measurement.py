@@ -87,7 +87,8 @@ def accuracy(model: nn.Module, data: Iterable[Any], *, reduce: bool = False) -> 
     """
     right = total = 0
     device = _device(model)
-    with in_mode(model, False), torch.inference_mode():
+    # no inference_mode: what the model keeps of its first forward (a table of positions) must do for training too
+    with in_mode(model, False), torch.no_grad():
         for batch in data:
             if not isinstance(batch, (tuple, list)) or len(batch) != 2:
                 raise BadRequest(
@@ -151,7 +152,7 @@ def inference_runs(
 ) -> Iterator[dict[str, Run]]:
     """A run per model on the same batch, ready to be timed, while the context is open.
 
-    ``engine="torch"``: eval mode under ``inference_mode`` on the model's own device, waiting for it to finish.
+    ``engine="torch"``: eval mode under ``no_grad`` on the model's own device, waiting for it to finish.
     ``engine="onnxruntime"``: on the CPU, from a file that is there only meanwhile.
     """
     _check_engine(engine)
@@ -197,7 +198,7 @@ def _torch_run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     kwargs = {k: _to(v, device) for k, v in kwargs.items()}
 
     def run() -> object:
-        with torch.inference_mode():
+        with torch.no_grad():  # for the reason given in ``accuracy``
             out = model(*args, **kwargs)
         if device.type == "cuda":
             torch.cuda.synchronize(device)

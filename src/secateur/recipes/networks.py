@@ -95,9 +95,12 @@ def example_of(origin: Origin, model: nn.Module) -> tuple[Tensor, ...]:
     return example_inputs(origin.source.name, model, shape=origin.shape)
 
 
-def check_fits(origin: Origin, model: nn.Module, classes: int, data: str) -> None:
-    """Raises BadRequest unless ``model`` runs on the data's inputs and scores all their classes."""
+def check_fits(origin: Origin, model: nn.Module, classes: int, data: str, *, teacher: Teacher | None = None) -> None:
+    """Raises BadRequest unless ``model`` runs on the data's inputs and scores all their classes. ``teacher``: it is
+    that one, and not the run's own network."""
     name = origin.source.name
+    if teacher is not None:
+        name = f"distil.teacher: {teacher.name or name}"
     try:
         with torch.no_grad():
             scores = model(*example_of(origin, model))

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
+from torch import nn
+
 from secateur import artifact
 from secateur.counting import count
 from secateur.errors import BadRequest
@@ -28,6 +30,7 @@ from secateur.recipes.pruning import last_of, pruning_phases
 from secateur.recipes.schema import Recipe, trainings
 from secateur.recipes.stages import facts_of, keep_stage, open_stage, stage_path, train_
 from secateur.recover.distillation import distil
+from secateur.recover.objectives import Objective
 from secateur.recover.settings import Training
 
 
@@ -75,19 +78,35 @@ def _finetune(job: Job, progress: Progress, *, before: str, dense: str) -> Facts
     model = open_stage(job, before)
     objective = None
     if settings is not None:
-        teacher = settings.teacher
-        learned = open_stage(job, dense) if teacher is None else teacher_network(job.origin, teacher)
-        check_fits(job.origin, learned, len(job.data.classes), job.data.name)
-        objective = distil(
-            learned,
-            temperature=settings.temperature,
-            weight=settings.weight,
-            features=settings.features,
-            label_smoothing=training.label_smoothing,
-        )
+        objective = distillation(job, open_stage(job, dense) if settings.teacher is None else open_teacher(job))
     facts = train_(job, "finetune", model, training, progress, objective=objective)
     on_main(lambda: keep_stage(job, "finetune", model))
     return facts
+
+
+def open_teacher(job: Job) -> nn.Module:
+    """The teacher that the recipe names. Raises BadRequest for one that does not know the data's classes, and what
+    loading its weights raises."""
+    assert job.recipe.distil is not None
+    teacher = job.recipe.distil.teacher
+    assert teacher is not None
+    network = teacher_network(job.origin, teacher)
+    check_fits(job.origin, network, len(job.data.classes), job.data.name, teacher=teacher)
+    return network
+
+
+def distillation(job: Job, teacher: nn.Module) -> Objective:
+    """What fine-tuning minimises, as the recipe has it."""
+    settings, training = job.recipe.distil, job.recipe.finetune
+    assert settings is not None
+    assert training is not None
+    return distil(
+        teacher,
+        temperature=settings.temperature,
+        weight=settings.weight,
+        features=settings.features,
+        label_smoothing=training.label_smoothing,
+    )
 
 
 def _scratch(job: Job, progress: Progress, *, pruned: str) -> Facts:

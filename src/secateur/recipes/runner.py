@@ -22,8 +22,10 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import nn
 
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, WrongModel
+from secateur.graph import trace
 from secateur.pipeline import plan
 from secateur.processes import from_main, is_main, wait_for_all, world
 from secateur.recipes import folder as folders
@@ -31,7 +33,7 @@ from secateur.recipes.folder import RunFolder
 from secateur.recipes.job import SILENT, Facts, Job, Phase, Tell, derived_seed, on_main
 from secateur.recipes.metrics import keep_metrics, recorder
 from secateur.recipes.networks import check_fits, check_teacher, example_of, first_network, origin_of
-from secateur.recipes.phases import phases_of, scratch_settings
+from secateur.recipes.phases import distillation, open_teacher, phases_of, scratch_settings
 from secateur.recipes.pruning import pruning_options
 from secateur.recipes.reading import write_recipe
 from secateur.recipes.results import check_extras, read_results
@@ -40,7 +42,8 @@ from secateur.recipes.stages import newest_step
 from secateur.recover.accelerated import join_processes
 from secateur.recover.settings import Training
 from secateur.report import Row, environment
-from secateur.zoo.data import Data, open_data
+from secateur.surgery import apply
+from secateur.zoo.data import Data, DataSettings, open_data
 
 SMOKE_BATCHES, SMOKE_STEPS = 2, 2
 
@@ -96,8 +99,10 @@ def run_recipe(
 
 
 def resolved(recipe: Recipe) -> Recipe:
-    """The recipe with paths that do not depend on the current folder."""
+    """The recipe with paths that do not depend on the current folder. Where the data have no ``root``, there is none to
+    resolve: they are looked for where the system keeps them, too."""
     model = recipe.model
+    recipe = recipe.model_copy(update={"data": _resolved_data(recipe.data)})
     if is_folder(model.name):
         model = model.model_copy(update={"name": absolute(model.name)})
     elif model.weights not in (None, RANDOM):
@@ -108,6 +113,15 @@ def resolved(recipe: Recipe) -> Recipe:
         teacher = teacher.model_copy(update={"weights": absolute(teacher.weights)})
         recipe = recipe.model_copy(update={"distil": recipe.distil.model_copy(update={"teacher": teacher})})
     return recipe
+
+
+def _resolved_data(data: DataSettings) -> DataSettings:
+    root = None if data.root is None else absolute(str(data.root))
+    form, colon, written = data.name.partition(":")
+    if form != "folder" or not written:
+        return dataclasses.replace(data, root=root)
+    path = Path(written).expanduser()
+    return dataclasses.replace(data, root=root, name=form + colon + absolute(str(Path(root or "") / path)))
 
 
 def smoked(recipe: Recipe) -> Recipe:
@@ -153,8 +167,30 @@ def _check_start(job: Job) -> None:
     """What is wrong with the recipe's files, names and numbers should show now and not after hours of training."""
     model = first_network(job.origin)
     check_fits(job.origin, model, len(job.data.classes), job.data.name)
+    student, settings = model, job.recipe.distil
     if job.recipe.prune is not None:
-        plan(model, example_of(job.origin, model), **pruning_options(job))
+        graph = trace(model, example_of(job.origin, model))
+        decided = plan(graph, **pruning_options(job))
+        if settings is not None and settings.features:
+            student = apply(graph, decided)
+    if settings is not None:
+        teacher = model if settings.teacher is None else open_teacher(job)
+        if settings.features:
+            _check_maps(job, teacher, student)
+
+
+def _check_maps(job: Job, teacher: nn.Module, student: nn.Module) -> None:
+    """Raises what distilling feature maps would. ``student``: the first network, cut as the recipe would cut it now;
+    what is cut in the end has other channels, but the same modules."""
+    inputs = example_of(job.origin, student)
+    try:
+        with torch.no_grad():
+            distillation(job, teacher)(student.eval(), inputs, torch.zeros(len(inputs[0]), dtype=torch.int64))
+    except WrongModel as error:
+        raise WrongModel(
+            f"distil.features: the teacher's feature maps are not those of the network that is pruned: {error}\n"
+            "  do: name a teacher of the same architecture, or set features to 0"
+        ) from error
 
 
 def _begin(stack: ExitStack, job: Job, recipe: Recipe) -> None:

@@ -208,6 +208,16 @@ def faults(recipe: Recipe) -> Iterator[tuple[Where, str]]:
         yield ("distil",), "distillation happens while fine-tuning: add a finetune section"
     if recipe.distil is not None and recipe.distil.teacher is None and is_folder(recipe.model.name):
         yield ("distil",), "a saved folder has no trained dense network to learn from: name a teacher with its weights"
+    if (
+        recipe.distil is not None
+        and recipe.distil.features
+        and recipe.prune is None
+        and not is_folder(recipe.model.name)
+    ):
+        yield (
+            ("distil", "features"),
+            "feature maps are compared on the channels that pruning kept: add a prune section, or leave this out",
+        )
 
 
 def trainings(recipe: Recipe) -> Iterator[tuple[Where, Training]]:
@@ -270,6 +280,14 @@ def _faults_of_pruning(prune: Prune) -> Iterator[tuple[Where, str]]:
     for ratio in by_glob:
         if ratio < 0 or (isinstance(ratio, float) and ratio >= 1):
             yield ("prune", "ratios"), f"{ratio} is neither a fraction to remove, in [0, 1), nor a width"
+    schedule = prune.schedule
+    if isinstance(schedule, (Progressive, Sparse)) and schedule.training.keep == "best":
+        undone = "zeroing" if isinstance(schedule, Progressive) else "penalty"
+        yield (
+            ("prune", "schedule", "training", "keep"),
+            f"the best epoch is mostly one from before the {undone} was there in full, and its weights would undo the "
+            f"{undone}: write keep: last",
+        )
 
 
 def json_schema() -> str:

@@ -7,7 +7,10 @@ a Neural Network", 2015, section 2; T^2 keeps the gradients' size when T changes
 groups are written, the student's against those channels of the teacher's that were kept (FitNets, Romero et al. 2015,
 equation 3, where pruning stands for the regressor: a kept channel has its own counterpart):
 
-    F = mean over groups of  mean((s - t)^2) / mean(t^2)
+    F = mean over groups and examples of  mean((s - t)^2) / mean(t^2)
+
+with the means over one example's map: its size counts for itself alone, and ``F`` is the same whether a batch is
+computed as a whole, in parts (``accumulate``), or in several processes.
 """
 
 from __future__ import annotations
@@ -28,6 +31,10 @@ from secateur.plans import Plan, check_model
 from secateur.recover.objectives import Objective, check_targets
 from secateur.slicing import named, sliced
 from secateur.surgery import record
+
+LEAST_ENERGY = 1e-6
+"""A feature map whose mean square is below this counts as having this one: a map of zeros has no size to compare with.
+"""
 
 
 @dataclass(frozen=True)
@@ -122,7 +129,9 @@ def divergence(scores: Tensor, soft: Tensor, temperature: float) -> Tensor:
 def feature_distance(
     taps: Sequence[Tap], seen: Mapping[str, Sequence[Tensor]], wanted: Mapping[str, Sequence[Tensor]]
 ) -> Tensor:
-    """``mean((s - t)^2) / mean(t^2)``, the mean over the taps (a module that ran several times counts each of them)."""
+    """``mean((s - t)^2) / mean(t^2)`` of each example (an entry of a map's first axis; a map of one axis is one), the
+    mean over the examples, then over the taps (a module that ran several times counts each of them). A ``mean(t^2)``
+    below ``LEAST_ENERGY`` counts as that."""
     distances = []
     for tap in taps:
         own, theirs = seen[tap.module], wanted[tap.module]
@@ -140,9 +149,14 @@ def feature_distance(
                     f"the module {tap.module!r} gives maps {list(s.shape)} in the student and {list(t.shape)} in the "
                     "teacher\n  do: leave it out of groups, or set features=0"
                 )
-            energy = t.square().mean().clamp_min(torch.finfo(t.dtype).tiny)
-            distances.append((s - t).square().mean() / energy)
+            energy = _by_example(t).clamp_min(LEAST_ENERGY)
+            distances.append((_by_example(s - t) / energy).mean())
     return torch.stack(distances).mean()
+
+
+def _by_example(value: Tensor) -> Tensor:
+    """The mean square of every example, ``[B]``."""
+    return (value.flatten(1) if value.dim() > 1 else value[None]).square().mean(1)
 
 
 def find_taps(teacher: nn.Module, student: nn.Module, groups: Sequence[str] | None) -> tuple[Tap, ...]:

@@ -89,9 +89,7 @@ def _epoch(loop: Loop) -> None:
     reading = _begin(loop)
     job.model.train()
     if job.training.freeze_norms:
-        for module in job.model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
+        _freeze_norms(job.model)
     loop.images, loop.since = 0.0, time.perf_counter()
     while batches := list(itertools.islice(reading, job.training.accumulate)):
         _step(loop, batches)
@@ -103,6 +101,15 @@ def _epoch(loop: Loop) -> None:
             _checkpoint(loop)
     _call(job, "after_epoch")
     _end(loop)
+
+
+def _freeze_norms(model: nn.Module) -> None:
+    """Batch norms in eval mode: torch's, and whatever else owns running statistics, as in a rewritten graph."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+        elif dict(module.named_buffers(recurse=False)).get("running_mean") is not None:
+            module.training = False  # alone: what lies inside of it may be no norm
 
 
 def _begin(loop: Loop) -> Iterator[Batch]:
@@ -173,15 +180,18 @@ def _update(job: Job) -> None:
 def _loss(loop: Loop, batch: Batch, index: int) -> Tensor:
     """The mean loss over this process's part of a batch; what it came to is noted."""
     job, training = loop.job, loop.job.training
-    inputs, targets = batch.inputs, batch.targets
-    if loop.is_usual and loop.classes is not None and targets.device.type == "cpu" != job.device.type:
-        check_targets(targets, loop.classes)
-    inputs, targets = _moved(inputs, job.device), _moved(targets, job.device)
+    inputs, targets = _moved(batch.inputs, job.device), _moved(batch.targets, job.device)
+    given = batch.targets.device.type  # looking at what is on a GPU is waiting for it
     if training.mixup > 0:
         if loop.classes is None:
             loop.classes = _classes(loop, inputs, targets)
+        # whatever the objective: class indices become probabilities here
+        if given == "cpu" and (loop.is_usual or targets.ndim == 1):
+            check_targets(batch.targets, loop.classes)
         seed = (training.seed, job.state.step, index, rank())
         inputs, targets = mix(inputs, targets, loop.classes, alpha=training.mixup, seed=seed)
+    elif loop.is_usual and loop.classes is not None and given == "cpu" != job.device.type:
+        check_targets(batch.targets, loop.classes)
     with job.accelerator.autocast():
         loss, scores = loop.objective(job.net, inputs, targets)
     loop.classes = scores.shape[1]

@@ -37,6 +37,7 @@ def cross_entropy(label_smoothing: float = 0.0) -> Objective:
             looked = True
         # in float32 whatever the precision: a sum of exponentials is the last place to save bits
         scores = scores if scores.dtype == torch.float64 else scores.float()
+        targets = targets.long() if targets.ndim == 1 else targets
         return nn.functional.cross_entropy(scores, targets, label_smoothing=label_smoothing), scores
 
     return objective
@@ -58,7 +59,7 @@ def mix(inputs: Any, targets: Tensor, classes: int, *, alpha: float, seed: tuple
         return value
 
     if targets.ndim == 1:
-        targets = nn.functional.one_hot(targets, classes).to(torch.float32)
+        targets = nn.functional.one_hot(targets.long(), classes).to(torch.float32)
     if isinstance(inputs, Mapping):
         return {name: mixed(value) for name, value in inputs.items()}, mixed(targets)
     if isinstance(inputs, (tuple, list)):

@@ -59,7 +59,10 @@ def check_data(data: object) -> None:
 
 def batches_in(data: Data) -> int:
     """How many batches an epoch has; data without a length are read once to know."""
-    count = len(data) if isinstance(data, Sized) else len([None for _ in data])
+    try:
+        count = len(cast(Sized, data))
+    except TypeError:  # also of a DataLoader, which has a length only where its dataset has one
+        count = sum(1 for _ in cast(Iterable[Any], data))
     if not count:
         raise BadRequest("there is nothing to train on: data has no batches")
     return count

@@ -57,10 +57,13 @@ def fit_(
     was, and on the CPU in one process ends with the same weights, bit for bit (but what a DataLoader's
     ``persistent_workers`` drew cannot be saved). Global random states are left as they were found.
 
-    Ctrl-C finishes the step, writes a checkpoint if there is a folder, and raises KeyboardInterrupt; the weights stay
-    as they are then. Raises BadRequest for settings or data out of range and for a loss that is no longer finite (the
-    model then has the weights of the last checkpoint or epoch), MissingExtra without Accelerate, WrongModel or
-    BadArtifact for a checkpoint of another network or a damaged one.
+    Ctrl-C finishes the step, writes a checkpoint if there is a folder, and raises KeyboardInterrupt. After it, and
+    after whatever ``evaluate``, ``objective``, ``hooks`` or ``data`` raise, the weights stay as they are then; after
+    any error the train or eval mode of every module and the gradients are those from before the call.
+
+    Raises BadRequest for settings or data out of range and for a loss that is no longer finite (the model then has the
+    weights of the last checkpoint or epoch), MissingExtra without Accelerate, WrongModel or BadArtifact for a
+    checkpoint of another network or a damaged one.
 
     >>> history = fit_(model, loader, Training(epochs=10, lr=0.05), evaluate=accuracy_on_validation)  # doctest: +SKIP
     """
@@ -116,25 +119,45 @@ def _optimizer(model: nn.Module, training: Training) -> torch.optim.Optimizer:
 
 
 def _average(model: nn.Module, training: Training) -> torch.optim.swa_utils.AveragedModel | None:
-    """A moving average of every tensor: running statistics of batch norm too, which belong to the averaged weights."""
+    """A moving average of every tensor: running statistics of batch norm too, which belong to the averaged weights.
+    Of what is not floating (a table of indices, batch norm's counter) there is no mean: the average has what is now."""
     if training.ema is None:
         return None
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(training.ema), use_buffers=True)
+    mean = get_ema_multi_avg_fn(training.ema)
+
+    def update(averaged: Any, current: Any, count: Any) -> None:
+        # lists of one dtype each, and torch's own function truncates the means of whole numbers
+        if averaged[0].is_floating_point() or averaged[0].is_complex():
+            mean(averaged, current, count)
+        else:
+            for kept, now in zip(averaged, current, strict=True):
+                kept.copy_(now)
+
+    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
 
 
 @contextmanager
 def _on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """``model`` on ``device`` for the block; afterwards where it was, in eval mode, without gradients."""
+    """``model`` on ``device`` without gradients for the block; afterwards where it was, in eval mode, without
+    gradients. After an error every module's mode and the gradients are those from before."""
     home = next(iter([*model.parameters(), *model.buffers()])).device
+    modes = {module: module.training for module in model.modules()}
+    gradients = {p: p.grad for p in model.parameters()}
     try:
+        model.zero_grad(set_to_none=True)  # what is left of a backward of the user's is no part of the first step
         model.to(device)
         yield
+        model.eval()
+        modes, gradients = {}, {}
     finally:
         model.zero_grad(set_to_none=True)
-        model.eval()
         model.to(home)
+        for module, mode in modes.items():
+            module.training = mode
+        for p, gradient in gradients.items():
+            p.grad = gradient
 
 
 def _check(model: nn.Module, data: Data, training: Training, evaluate: Evaluate | None, run: Run) -> None:

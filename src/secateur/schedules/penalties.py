@@ -77,6 +77,8 @@ def growing_penalty(
         ...                                     # your loop calls sparse.hooks
         small = apply(net, sparse.plan())
 
+    End with the last epoch's weights: the best epoch is mostly an early one, whose weights the penalty hardly met.
+
     Raises what ``plan`` raises for the goal, and BadRequest for settings out of range, here and now.
     """
     growth = growth or Growth()

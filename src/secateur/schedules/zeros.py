@@ -59,6 +59,9 @@ def zeroing(
     gradient would bring the channel back. Behind a batch norm a zeroed filter leaves the constant act(beta), which the
     smaller network drops; ``finish_`` zeroes the rest, so that the two agree.
 
+    End with the last epoch's weights: the best epoch is mostly one from before the zeroing, whose weights undo it.
+    Weights that are averaged over time (``ema``) are not zero either: ``plan`` then chooses anew on the average.
+
     Raises what ``plan`` raises for the goal, here and now.
     """
     if every < 1 or grow < 0:
@@ -136,7 +139,8 @@ class Zeroing:
 
     def _remember(self, masks: dict[str, np.ndarray], fraction: float) -> None:
         self._removed, self.reached = masks, fraction
-        self._index = places.Index(places.positions(self._zeroed, masks))
+        # a state from before the first choice has no masks
+        self._index = places.Index(places.positions(self._zeroed, masks) if masks else {})
 
     def _after_backward(self, model: nn.Module) -> None:
         gradients = {name: p.grad for name, p in places.parameters_of(self._own(model)).items()}

@@ -17,11 +17,14 @@ FIXED = 0
 """The seed of every split into parts: who belongs to which part never changes with the seed of a run."""
 
 
-def draw_in_proportion(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
+def draw_in_proportion(labels: Tensor, count: int, seed: int, *, of_each: bool = False) -> tuple[Tensor, Tensor]:
     """``count`` positions into ``labels`` ``[N]``, every class in proportion, and all other positions, both ascending.
 
     Each class gives the whole part of its share; what is left to give goes to the largest remainders, of equal ones to
     the lower class. No class gives its last sample unless all are drawn. Within a class the draw is by ``seed``.
+
+    ``of_each``: every class gives one sample at least, the last one too; those that have most above their share give
+    the fewer for it. There must be as many to draw as classes.
     """
     sizes = torch.bincount(labels) if len(labels) else torch.zeros(0, dtype=torch.int64)
     if count >= len(labels):
@@ -34,6 +37,11 @@ def draw_in_proportion(labels: Tensor, count: int, seed: int) -> tuple[Tensor, T
         open_ = [k for k in order if taken[k] < most[k]] or [k for k in order if taken[k] < sizes[k]]
         for k in open_[:left]:
             taken[k] += 1
+    if of_each:
+        for k in ((taken == 0) & (sizes > 0)).nonzero()[:, 0].tolist():
+            spare = (taken - shares).masked_fill(taken < 2, -math.inf)
+            taken[int(spare.argmax())] -= 1
+            taken[k] = 1
     shuffled = torch.randperm(len(labels), generator=generator(seed, "draw"))
     chosen = torch.zeros(len(labels), dtype=torch.bool)
     for k in range(len(sizes)):
@@ -63,7 +71,8 @@ def hold_out(labels: Tensor, validation: float, name: str) -> tuple[Tensor, Tens
 
 
 def limit_to(labels: Tensor, limit: int | None, seed: int) -> Tensor:
-    """Positions of at most ``limit`` samples, in proportion of the classes, by ``seed``; all of them for None.
+    """Positions of at most ``limit`` samples, in proportion of the classes, but at least one of each, by ``seed``; all
+    of them for None.
 
     Raises BadRequest where there are fewer than classes.
     """
@@ -75,4 +84,4 @@ def limit_to(labels: Tensor, limit: int | None, seed: int) -> Tensor:
             f"limit={limit} is too small: there are {classes} classes to train on\n"
             f"  do: choose at least {classes}, better a hundred times as many"
         )
-    return draw_in_proportion(labels, limit, seed)[0]
+    return draw_in_proportion(labels, limit, seed, of_each=True)[0]
