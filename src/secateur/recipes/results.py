@@ -190,7 +190,7 @@ def _facts(job: Job) -> dict[str, str]:
         if "kept" in done:
             facts[f"{name}, channels"] = f"{done['kept']} of {done['channels']} kept"
         if "epochs" in done:
-            facts[f"{name}, trained"] = f"{done['epochs']} epochs"
+            facts[f"{name}, trained"] = f"{done['epochs']} epoch{'s' * (done['epochs'] != 1)}"
         for step in done.get("steps", ()):
             if step["validation"] is not None:
                 what = "as it came" if step["step"] == "none" else f"after {step['step']}"

@@ -111,8 +111,8 @@ def curves_figure(curves: Sequence[Curve]) -> str:
         right.plot([epoch for epoch, _ in taken], [a for _, a in taken], **marks)
     longest = max((len(curve.loss) for curve in curves), default=1)
     for axes, label in ((left, "training loss"), (right, "validation accuracy, %")):
-        axes.set_xlim(0.8, longest + 0.2)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlim(0.5, longest + 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_xlabel("epoch")
         axes.set_ylabel(label)
         axes.grid(color=FAINT, linewidth=0.7)
