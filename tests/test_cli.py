@@ -68,9 +68,9 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_help_reads_well() -> None:
     text = run("--help")
-    for command in ("demo", "inspect", "plan", "apply", "measure", "compare", "export"):
+    for command in ("demo", "run", "finetune", "inspect", "plan", "apply", "measure", "compare", "export"):
         assert f" {command} " in text
-        assert f"secateur {command} " in run(command, "--help").replace("secateur demo", "secateur demo ")
+        assert f"secateur {command}" in run(command, "--help")
     assert "--round-to" in run("plan", "--help")
 
 
@@ -201,11 +201,11 @@ def test_real_process() -> None:
 
 
 def test_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(folder: Path, *, seed: int) -> None:
+    def interrupted(source: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("secateur.demo.run", interrupted)
-    assert run("demo", "-o", tmp_path / "out", code=130) == "interrupted\n"
+    monkeypatch.setattr("secateur.cli.open_model", interrupted)
+    assert run("plan", "zoo:resnet20", "-o", tmp_path / "plan.json", code=130) == "interrupted\n"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -72,7 +72,7 @@ def test_a_run_leaves_all_that_it_promises(done: Outcome) -> None:
     assert noted["seeds"]["recipe"] == 0
     assert noted["sessions"][0]["torch"] == torch.__version__
     assert "pruning" in (done.folder / "log.txt").read_text()
-    assert (done.folder / "report.html").read_text().count("<svg") == 3
+    assert (done.folder / "report.html").read_text().count("<svg") == 4
 
 
 def test_rows(done: Outcome) -> None:
