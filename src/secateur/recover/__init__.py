@@ -8,6 +8,7 @@ from secateur.recover.hooks import Hooks
 from secateur.recover.objectives import Objective, cross_entropy
 from secateur.recover.reconstruction import Fit
 from secateur.recover.settings import Training
+from secateur.recover.tensorboard import tensorboard_log
 from secateur.recover.training import Epoch, Run, fit_
 
 __all__ = [
@@ -25,4 +26,5 @@ __all__ = [
     "fit_",
     "join_processes",
     "recalibrate_",
+    "tensorboard_log",
 ]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from secateur.errors import MissingExtra
 from secateur.recover.state import Log
 
 
-def tensorboard_log(folder: Path, *, prefix: str = "") -> Log:
+def tensorboard_log(folder: str | os.PathLike[str], *, prefix: str = "") -> Log:
     """A ``log`` for ``Run`` that writes every number of a record to ``folder`` at its step, under ``prefix``.
 
     Training that goes on from a checkpoint takes back what was written after it. Raises MissingExtra.
