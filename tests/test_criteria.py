@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from secateur.core import Group, GroupView, Slice
-from secateur.criteria import CRITERIA, READS, resolve
+import secateur
+from secateur.core import Group, GroupView, MapStatistics, Slice
+from secateur.criteria import CRITERIA, EVIDENCE, WEIGHTS, needs_data, needs_loss, reads, resolve
 from secateur.errors import BadRequest, CannotPrune
 from secateur.views import view
 
@@ -21,7 +27,10 @@ def _each(n: int, k: int = 1) -> np.ndarray:
 
 def _view(c: int = 5, f: int = 12, seed: int = 0) -> GroupView:
     make = torch.Generator().manual_seed(seed)
-    return GroupView("g", torch.randn(c, f, generator=make), torch.randn(c, 7, generator=make), torch.randn(c, 1))
+    seen = GroupView("g", torch.randn(c, f, generator=make), torch.randn(c, 7, generator=make), torch.randn(c, 2))
+    maps, after = (MapStatistics(9, *torch.rand(6, c, 3, generator=make, dtype=torch.float64)) for _ in range(2))
+    products = torch.rand(c, generator=make, dtype=torch.float64)
+    return dataclasses.replace(seen, maps=maps, activations=after, products=products)
 
 
 def test_view_flattens_filters_readers_and_scales_channel_by_channel() -> None:
@@ -47,9 +56,9 @@ def test_view_flattens_filters_readers_and_scales_channel_by_channel() -> None:
         ),
     )
     seen = view(group, tensors, n_keep=3, seed=9)
-    for c, reads in enumerate([2, 0, 3, 1]):
+    for c, place in enumerate([2, 0, 3, 1]):
         filters = [*tensors["a.weight"][c].flatten().tolist(), *tensors["t.weight"][:, c + 2].flatten().tolist()]
-        readers = [*tensors["b.weight"][:, reads].flatten().tolist()]
+        readers = [*tensors["b.weight"][:, place].flatten().tolist()]
         readers += [*tensors["fc.weight"][:, 2 * c].tolist(), *tensors["fc.weight"][:, 2 * c + 1].tolist()]
         assert seen.filters[c].tolist() == filters
         assert seen.readers[c].tolist() == readers
@@ -130,8 +139,150 @@ def test_random_depends_on_seed_and_name_alone() -> None:
 @pytest.mark.parametrize("name", CRITERIA)
 def test_every_criterion_reads_only_what_it_says(name: str) -> None:
     seen = _view()
-    unread = {f: getattr(seen, f)[:, :0] for f in ("filters", "readers", "scales") if f not in READS[CRITERIA[name]]}
-    assert torch.equal(CRITERIA[name](seen), CRITERIA[name](dataclasses.replace(seen, **unread)))
+    unread = {field: getattr(seen, field)[:, :0] for field in WEIGHTS if field not in reads(name)}
+    unread |= {field: None for field in EVIDENCE if field not in reads(name)}
+    found = CRITERIA[name](seen)
+    assert torch.equal(found, CRITERIA[name](dataclasses.replace(seen, **unread)))
+    assert (found.shape, found.dtype) == ((5,), torch.float64)
+    (field,) = reads(name)
+    if name != "random":
+        other = getattr(_view(seed=7), field)
+        assert not torch.equal(found, CRITERIA[name](dataclasses.replace(seen, **{field: other})))
+
+
+STATISTICS = {
+    "mean_mean": lambda s, c, m: s.mean[c, m],
+    "mean_std": lambda s, c, m: s.std[c, m],
+    "mean_l1": lambda s, c, m: s.l1[c, m],
+    "mean_l2": lambda s, c, m: s.l2[c, m],
+    "var_l2": lambda s, c, m: max(s.l2_squared[c, m] - s.l2[c, m] ** 2, 0),
+}
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_map_criteria_are_means_over_the_maps_of_a_channel(name: str) -> None:
+    seen = _view()
+    want = [sum(float(STATISTICS[name](seen.maps, c, m)) for m in range(3)) / 3 for c in range(5)]
+    assert CRITERIA[name](seen).tolist() == pytest.approx(want, rel=1e-12)
+
+
+def test_apoz_scale_and_taylor_equal_the_naive_loops() -> None:
+    seen = _view()
+    assert seen.activations is not None
+    zeros = seen.activations.zeros.tolist()
+    assert CRITERIA["apoz"](seen).tolist() == pytest.approx([1 - sum(row) / 3 for row in zeros], rel=1e-12)
+    scales = [(abs(a) + abs(b)) / 2 for a, b in seen.scales.tolist()]
+    assert CRITERIA["bn_scale"](seen).tolist() == pytest.approx(scales, rel=1e-12)
+    assert torch.equal(CRITERIA["taylor"](seen), seen.products)
+
+
+def _distances(rows: torch.Tensor) -> list[float]:
+    return [sum(math.sqrt(float(((a - b) ** 2).sum())) for b in rows) for a in rows]
+
+
+def _hybrid(rows: torch.Tensor) -> list[float]:
+    def angle(a: torch.Tensor, b: torch.Tensor) -> float:
+        length = float(a.norm() * b.norm())
+        return abs(float(a @ b)) / length if length else 0.0
+
+    return [sum(float(a.norm() * b.norm()) * (1 - angle(a, b)) for b in rows) for a in rows]
+
+
+@pytest.mark.parametrize("block", [1, 17, 2**22])
+def test_distances_equal_the_naive_loops(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("secateur.criteria.distances.BLOCK", block)
+    seen = _view(7, 11)
+    rows = seen.filters.double()
+    assert CRITERIA["fpgm"](seen).tolist() == pytest.approx(_distances(rows), rel=1e-12)
+    assert CRITERIA["whc"](seen).tolist() == pytest.approx(_hybrid(rows), rel=1e-12)
+
+
+def test_distances_of_filters_that_are_far_out_nearly_equal_equal_or_zero() -> None:
+    make = torch.Generator().manual_seed(0)
+    base = torch.randn(1, 40, generator=make, dtype=torch.float64)
+    near = 1e4 + base + 1e-7 * torch.randn(6, 40, generator=make, dtype=torch.float64)
+    mixed = torch.cat([near, near[:2], base, torch.zeros(2, 40), -base])
+    for rows in (near, mixed, torch.zeros(3, 4, dtype=torch.float64), torch.ones(3, 4, dtype=torch.float64)):
+        seen = GroupView("g", rows, torch.empty(len(rows), 0), torch.empty(len(rows), 0))
+        assert CRITERIA["fpgm"](seen).tolist() == pytest.approx(_distances(rows), rel=1e-9)
+    lengths = rows.new_tensor([[3.0, 0, 0], [0, 0, 0], [0, 2, 0], [-5, 0, 0]])
+    seen = GroupView("g", lengths, torch.empty(4, 0), torch.empty(4, 0))
+    assert CRITERIA["whc"](seen).tolist() == [6, 0, 16, 10]
+
+
+def test_the_smallest_sum_of_distances_is_the_one_in_the_middle() -> None:
+    rows = torch.tensor([[0.0], [10.0], [4.0], [5.0], [5.5]])
+    scores = CRITERIA["fpgm"](GroupView("g", rows, rows[:, :0], rows[:, :0]))
+    assert scores.tolist() == [24.5, 25.5, 12.5, 11.5, 12.0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fpgm", "whc"])
+def test_distances_of_a_wide_layer_stay_within_a_gibibyte(name: str) -> None:
+    code = f"""
+import resource, torch
+from secateur.core import GroupView
+from secateur.criteria import CRITERIA
+torch.set_num_threads(1)
+CRITERIA[{name!r}](GroupView("g", torch.randn(64, 32), torch.empty(64, 0), torch.empty(64, 0)))
+w = torch.randn(4096, 4608, generator=torch.Generator().manual_seed(0))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+scores = CRITERIA[{name!r}](GroupView("g", w, torch.empty(4096, 0), torch.empty(4096, 0)))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+direct = (w[7].double() - w.double()).square().sum(1).sqrt().sum()
+assert {name!r} != "fpgm" or abs(float(scores[7] / direct) - 1) < 1e-10
+"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=_environment())
+    assert told.returncode == 0, told.stderr
+    assert int(told.stdout) < 2**20  # KiB
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(secateur.__file__).parent.parent)}
+
+
+@pytest.mark.parametrize(
+    ("name", "lost", "error", "text"),
+    [
+        ("mean_l1", {"maps": None}, BadRequest, r"the view of group 'g' has no maps: .*\n  do: pass data="),
+        ("apoz", {"activations": None}, BadRequest, r"the view of group 'g' has no activations: .*\n  do: pass data="),
+        ("taylor", {"products": None}, BadRequest, r"'g' has no products of .*\n  do: pass data= and loss="),
+        ("bn_scale", {"scales": torch.empty(5, 0)}, CannotPrune, r"group 'g' has no scales: .*\n  do: exclude it"),
+    ],
+)
+def test_criteria_without_what_they_read_say_so(
+    name: str, lost: dict[str, Any], error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error, match=text):
+        CRITERIA[name](dataclasses.replace(_view(), **lost))
+
+
+def test_what_criteria_need() -> None:
+    assert [name for name in CRITERIA if needs_data(name)] == [
+        *("mean_mean", "mean_std", "mean_l1", "mean_l2", "var_l2", "apoz", "taylor")
+    ]
+    assert [name for name in CRITERIA if needs_loss(name)] == ["taylor"]
+    assert reads("l1") == ("filters",)
+    with pytest.raises(BadRequest, match="there is no criterion 'taylr'; did you mean 'taylor'"):
+        needs_data("taylr")
+
+
+def test_a_function_of_the_users_says_what_it_reads() -> None:
+    def mine(view: GroupView) -> torch.Tensor:
+        return view.filters.sum(1)
+
+    assert reads(mine) == ("filters", "readers", "scales")
+    assert not needs_data(mine)
+    mine.reads = ("products", "filters")  # type: ignore[attr-defined]
+    assert reads(mine) == ("filters", "products")
+    assert needs_data(mine)
+    assert needs_loss(mine)
+    mine.reads = "maps"  # type: ignore[attr-defined]
+    assert reads(mine) == ("maps",)
+    for wrong in ("grams", ("filters", "grams"), 3):
+        mine.reads = wrong  # type: ignore[attr-defined]
+        with pytest.raises(BadRequest, match=r"criterion 'mine' says that it reads .*\n  do: set its attribute reads"):
+            reads(mine)
 
 
 def test_resolve_takes_names_and_functions_and_suggests_the_nearest() -> None:

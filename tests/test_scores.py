@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secateur.core import Group, GroupView, Slice
+from secateur.core import Group, GroupView, MapStatistics, Slice
 from secateur.errors import BadRequest, CannotPrune
 from secateur.scores import normalise, score
 
@@ -79,6 +80,47 @@ def test_an_error_in_a_users_criterion_says_where_it_happened() -> None:
     with pytest.raises(ZeroDivisionError, match="theirs") as caught:
         score(GROUPS, TENSORS, mine)
     assert caught.value.__notes__ == ["while the criterion 'mine' scored the group 'a'"]
+
+
+def _statistics(channels: int, value: float = 1.0) -> MapStatistics:
+    return MapStatistics(3, *(torch.full((channels, 2), value + k, dtype=torch.float64) for k in range(6)))
+
+
+def test_evidence_reaches_the_criterion_that_reads_it() -> None:
+    evidence = {g.name: {"maps": _statistics(g.channels), "products": torch.arange(g.channels)} for g in GROUPS}
+    assert score(GROUPS, TENSORS, "mean_std", evidence=evidence)["b"].tolist() == [2.0] * 6
+    assert score(GROUPS, TENSORS, "taylor", evidence=evidence)["a"].tolist() == [0, 1, 2, 3]
+    seen: list[GroupView] = []
+
+    def mine(view: GroupView) -> torch.Tensor:
+        assert view.maps is not None
+        seen.append(view)
+        return view.maps.mean.fill_(7).sum(1)  # in place: others must not see it
+
+    mine.reads = ("maps", "readers")  # type: ignore[attr-defined]
+    score(GROUPS, TENSORS, mine, evidence=evidence)
+    assert float(evidence["a"]["maps"].mean.max()) == 1
+    assert seen[0].maps is not None
+    assert seen[0].maps.samples == 3
+    assert [(v.filters.shape[1], v.readers.shape[1], v.products) for v in seen] == [(0, 2, None), (0, 2, None)]
+
+
+@pytest.mark.parametrize(
+    ("criterion", "evidence", "text"),
+    [
+        ("apoz", None, r"'apoz' reads the activations of group 'a', which were not measured\n  do: pass data= to plan"),
+        ("taylor", {"a": {}}, r"'taylor' reads the products of group 'a'.*\n  do: pass data= and loss= to plan"),
+        (
+            "mean_l1",
+            {"a": {"maps": _statistics(5)}},
+            r"maps given for group 'a' are of 5 channels, and it has 4\n  do:",
+        ),
+        ("taylor", {"a": {"products": torch.ones(3)}}, r"the products given for group 'a' are of 3 channels"),
+    ],
+)
+def test_evidence_that_is_missing_or_of_another_group(criterion: str, evidence: Any, text: str) -> None:
+    with pytest.raises(BadRequest, match=text):
+        score(GROUPS, TENSORS, criterion, evidence=evidence)
 
 
 FINITE = st.floats(-1.7e308, 1.7e308, allow_nan=False, allow_infinity=False)

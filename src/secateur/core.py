@@ -58,6 +58,25 @@ class Group:
     locked: str = ""
 
 
+@dataclass(frozen=True, eq=False)
+class MapStatistics:
+    """What calibration data show of a group's feature maps: float64 ``[C, M]`` each, on the CPU.
+
+    A channel has ``M`` maps, one for every filter it stands for in every layer that writes the group. Each entry is the
+    mean over all samples of what a single map ``x`` of ``h x w`` shows: its ``mean``, its standard deviation ``std``
+    (over the ``h w`` positions), its norms ``l1`` and ``l2``, its squared norm ``l2_squared``, and the share ``zeros``
+    of its positions that are exactly 0.
+    """
+
+    samples: int
+    mean: torch.Tensor
+    std: torch.Tensor
+    l1: torch.Tensor
+    l2: torch.Tensor
+    l2_squared: torch.Tensor
+    zeros: torch.Tensor
+
+
 @dataclass(frozen=True)
 class GroupView:
     """All that a criterion sees of a group. ``C`` channels, float64 or float32 on the CPU, detached.
@@ -65,6 +84,11 @@ class GroupView:
     ``filters``: ``[C, fan_in]``, the weights that write each channel, all writers side by side. ``readers``:
     ``[C, fan_out]``, the weights that read it. ``scales``: ``[C, s]``, norm weights and layer scales on it. Any of
     them may have no columns. ``n_keep`` is how many channels will stay, where that is known beforehand.
+
+    With calibration data, what the criterion asks for, else ``None``: ``maps``, the feature maps right after the layers
+    that write the group, before norm and activation; ``activations``, the same maps behind the activation function;
+    ``products``: ``[C]``, the mean over batches of ``(sum_w g w)^2`` over the weights ``w`` of the channel's filters,
+    ``g`` the gradient of the loss there.
     """
 
     name: str
@@ -73,6 +97,9 @@ class GroupView:
     scales: torch.Tensor
     n_keep: int | None = None
     seed: int = 0
+    maps: MapStatistics | None = None
+    activations: MapStatistics | None = None
+    products: torch.Tensor | None = None
 
 
 class Criterion(Protocol):

@@ -19,7 +19,7 @@ from torch import fx, nn
 
 from secateur.core import Group, Role, Slice
 from secateur.errors import CannotPrune
-from secateur.graph import Graph, Inputs, trace
+from secateur.graph import Graph, Inputs, trace, with_free_batch
 from secateur.labels import Classes, Factors, Labels, compress, varying
 from secateur.nodes import shape_of
 from secateur.propagation import Propagation, Shared
@@ -100,6 +100,21 @@ def couple(graph: Graph, prefer: Prefer = "channels") -> Coupling:
     if found is None:
         found = graph.memo[prefer] = _couple(graph, Shared(Labels(), tie_halves=prefer == "module"))
     return found
+
+
+def freed(coupling: Coupling) -> Coupling:
+    """The same groups on a capture that runs on any number of examples, if the model allows it."""
+    graph = with_free_batch(coupling.graph)
+    return same_groups(graph, coupling.groups) or coupling
+
+
+def same_groups(graph: Graph, groups: tuple[Group, ...]) -> Coupling | None:
+    """The coupling of ``graph`` that has just these groups."""
+    for prefer in ("channels", "module"):
+        coupling = couple(graph, prefer)
+        if coupling.groups is groups or coupling.groups == groups:
+            return coupling
+    return None
 
 
 def _couple(graph: Graph, shared: Shared) -> Coupling:

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
+from secateur.capture import Capture
 from secateur.groups import Coupling
 from secateur.nodes import named_args, op_name, shape_of
 
@@ -62,7 +63,8 @@ def walk(
     shaped to broadcast, that is added to what a node gives (a bias that the captured network has not).
     """
     capture = coupling.graph.captures[index]
-    adapt = _Adapter(capture.graph, state, inputs)
+    adapt = Adapter(capture.graph, state, inputs)
+    masks = Masks(coupling, class_keep, index)
     env: Env = {}
     queue = list(inputs)
     del inputs  # a walk that waits holds what is live, and no more
@@ -73,12 +75,11 @@ def walk(
         if node.op == "placeholder":
             env[node] = queue.pop(0)
         elif node.op == "get_attr":
-            name = capture.names.get(str(node.target))
-            env[node] = state[name] if name else adapt.constant(capture.constants.get(str(node.target)))
+            env[node] = fetched(capture, node, state, adapt)
         elif node.op == "output":
             return tuple(fx.node.map_arg(node.args[0], lambda n: env[n]))
         else:
-            env[node] = _run_node(coupling, index, node, class_keep, env, adapt)
+            env[node] = run_node(masks, node, env, adapt)
             if node in added:
                 env[node] = env[node] + added[node]
         for source in node.all_input_nodes:
@@ -87,22 +88,51 @@ def walk(
     raise AssertionError("a captured graph ends in an output node")
 
 
-def _run_node(
-    coupling: Coupling, index: int, node: fx.Node, class_keep: torch.Tensor, env: dict[fx.Node, Any], adapt: _Adapter
-) -> Any:
-    propagation = coupling.passes[index]
-    if index and "dropout" in op_name(node):
-        return env[node.all_input_nodes[0]]
-    if node in propagation.norms:
-        return _norm(coupling, index, node, class_keep, env, adapt)
-    read: dict[fx.Node, torch.Tensor] = {}
-    if node in propagation.readers:
+class Masks:
+    """What one choice of channels masks in pass ``index`` of a coupling. Each node is looked up once."""
+
+    def __init__(self, coupling: Coupling, class_keep: torch.Tensor, index: int = 0) -> None:
+        self.coupling, self.class_keep, self.index = coupling, class_keep, index
+        self._of: dict[fx.Node, Sequence[Mask]] = {}
+        self._read: dict[fx.Node, dict[fx.Node, Sequence[Mask]]] = {}
+
+    def of(self, node: fx.Node) -> Sequence[Mask]:
+        """For every axis of what ``node`` gives the mask ``[size]`` of positions that stay, ``None`` if all do."""
+        if node not in self._of:
+            self._of[node] = self.coupling.node_masks(self.index, node, self.class_keep)
+        return self._of[node]
+
+    def read(self, node: fx.Node) -> dict[fx.Node, Sequence[Mask]]:
+        """The sources of a reader or norm of which not all is read; none for any other node."""
+        if node not in self._read:
+            self._read[node] = self._find_read(node)
+        return self._read[node]
+
+    def _find_read(self, node: fx.Node) -> dict[fx.Node, Sequence[Mask]]:
+        propagation = self.coupling.passes[self.index]
+        if node not in propagation.readers and node not in propagation.norms:
+            return {}
         sources = [s for s in node.all_input_nodes if shape_of(s) is not None]
-        if op_name(node).startswith(_READ_FIRST_ONLY):
+        if node not in propagation.norms and op_name(node).startswith(_READ_FIRST_ONLY):
             sources = sources[:1]
-        for source in sources:
-            read[source] = _zeroed(env[source], coupling.node_masks(index, source, class_keep))
-    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: read[n] if n in read else env[n])
+        return {s: self.of(s) for s in sources if any(mask is not None for mask in self.of(s))}
+
+
+def fetched(capture: Capture, node: fx.Node, state: Mapping[str, torch.Tensor], adapt: Adapter) -> Any:
+    """The value of a ``get_attr`` node."""
+    name = capture.names.get(str(node.target))
+    return state[name] if name else adapt.constant(capture.constants.get(str(node.target)))
+
+
+def run_node(masks: Masks, node: fx.Node, env: Mapping[fx.Node, Any], adapt: Adapter) -> Any:
+    """What a call gives on the values in ``env``, with what ``masks`` removes out of what it reads."""
+    if masks.index and "dropout" in op_name(node):
+        return env[node.all_input_nodes[0]]
+    read = masks.read(node)
+    if read and node in masks.coupling.passes[masks.index].norms:
+        return _norm(masks, node, env, adapt)
+    zeroed = {source: _zeroed(env[source], found) for source, found in read.items()}
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: zeroed[n] if n in zeroed else env[n])
     return adapt.call(node, args, kwargs)
 
 
@@ -134,15 +164,13 @@ def _scattered(value: torch.Tensor, masks: Sequence[Mask]) -> torch.Tensor:
     return value
 
 
-def _norm(
-    coupling: Coupling, index: int, node: fx.Node, class_keep: torch.Tensor, env: dict[fx.Node, Any], adapt: _Adapter
-) -> Any:
+def _norm(masks: Masks, node: fx.Node, env: Mapping[fx.Node, Any], adapt: Adapter) -> Any:
     """Statistics over the kept channels: cut, compute, put back in place."""
     if op_name(node) == "group_norm":
         arguments = named_args(node)
-        masks = coupling.node_masks(index, arguments["input"], class_keep)
-        return _group_norm({k: env[v] if isinstance(v, fx.Node) else v for k, v in arguments.items()}, masks[1])
-    small = {s: cut(env[s], coupling.node_masks(index, s, class_keep)) for s in node.all_input_nodes if s in env}
+        values = {k: env[v] if isinstance(v, fx.Node) else v for k, v in arguments.items()}
+        return _group_norm(values, masks.of(arguments["input"])[1])
+    small = {s: cut(env[s], masks.of(s)) for s in node.all_input_nodes if s in env}
     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: small[n])
     if op_name(node) in ("layer_norm", "rms_norm"):
         x, normalized = cast(torch.Tensor, args[0]), cast(list[int], args[1])
@@ -150,7 +178,7 @@ def _norm(
     value = adapt.call(node, args, kwargs)
     if isinstance(value, (tuple, list)):
         return value
-    return _scattered(value, coupling.node_masks(index, node, class_keep))
+    return _scattered(value, masks.of(node))
 
 
 def _group_norm(arguments: Mapping[str, Any], mask: Mask) -> torch.Tensor:
@@ -177,7 +205,7 @@ def _group_norm(arguments: Mapping[str, Any], mask: Mask) -> torch.Tensor:
     return out
 
 
-class _Adapter:
+class Adapter:
     """Runs captured calls in another floating dtype or on another device than they were captured in."""
 
     def __init__(self, graph: fx.Graph, state: Mapping[str, torch.Tensor], inputs: Sequence[torch.Tensor]) -> None:

@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur.core import Group
 from secateur.errors import BadPlan, WrongModel
-from secateur.graph import Graph, trace, with_free_batch
+from secateur.graph import Graph, trace
 from secateur.graph import unwrap as unwrap_model
-from secateur.groups import Coupling, couple
+from secateur.groups import Coupling, couple, freed, same_groups
 from secateur.interpreter import run_masked
 from secateur.nests import unflatten
 from secateur.plans import Plan, check_model
@@ -31,21 +30,6 @@ def masked(model: nn.Module | Graph, plan: Plan) -> nn.Module:
     Raises ``WrongModel`` if the plan belongs to another network, ``BadPlan`` if it asks for what this release reserves.
     """
     return Masked(freed(coupling_for(model, plan)), plan)
-
-
-def freed(coupling: Coupling) -> Coupling:
-    """The same groups on a capture that runs on any number of examples, if the model allows it."""
-    graph = with_free_batch(coupling.graph)
-    return same_groups(graph, coupling.groups) or coupling
-
-
-def same_groups(graph: Graph, groups: tuple[Group, ...]) -> Coupling | None:
-    """The coupling of ``graph`` that has just these groups."""
-    for prefer in ("channels", "module"):
-        coupling = couple(graph, prefer)
-        if coupling.groups is groups or coupling.groups == groups:
-            return coupling
-    return None
 
 
 def coupling_for(model: nn.Module | Graph, plan: Plan) -> Coupling:

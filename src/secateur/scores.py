@@ -7,15 +7,16 @@ training happened to give a layer, so only the distribution inside a group carri
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
-from secateur.core import Criterion, Group, GroupView
-from secateur.criteria import READS, resolve
+from secateur.core import Criterion, Group, GroupView, MapStatistics
+from secateur.criteria import EVIDENCE, is_ours, label, reads, resolve
 from secateur.errors import BadRequest, CannotPrune
-from secateur.views import FIELDS, view
+from secateur.views import view
 
 
 def score(
@@ -25,24 +26,60 @@ def score(
     *,
     n_keep: Mapping[str, int] | None = None,
     seed: int = 0,
+    evidence: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, torch.Tensor]:
     """The scores of every group, ``{name: [C] float64}``, higher is kept longer.
 
     ``tensors``: state_dict name -> tensor. ``n_keep``: how many channels of a group will stay, where it is known.
-    Raises ``BadRequest`` for an unknown criterion and for one that returns anything but ``[C]`` real numbers, and
-    ``CannotPrune`` for weights or scores that are not finite.
+    ``evidence``: what ``calibration.collect`` measured, ``{group name: {field: value}}``, for a criterion that looks at
+    activations or gradients. Raises ``BadRequest`` for an unknown criterion, for one that returns anything but ``[C]``
+    real numbers and for evidence that is missing or another group's, and ``CannotPrune`` for weights or scores that
+    are not finite.
     """
-    function = resolve(criterion)
-    fields = READS.get(function, FIELDS) if getattr(function, "__hash__", None) else FIELDS
-    label = criterion if isinstance(criterion, str) else getattr(criterion, "__name__", type(criterion).__name__)
+    function, fields, name = resolve(criterion), reads(criterion), label(criterion)
     scores: dict[str, torch.Tensor] = {}
     for group in groups:
         kept = None if n_keep is None else n_keep.get(group.name)
-        seen = view(group, tensors, n_keep=kept, seed=seed, fields=fields)
-        if fields is FIELDS:  # what is not ours might write into the user's own weights
-            seen = replace(seen, filters=seen.filters.clone(), readers=seen.readers.clone(), scales=seen.scales.clone())
-        scores[group.name] = _checked(_call(function, seen, label), group, label)
+        known = _evidence(group, fields, evidence or {}, name)
+        seen = view(group, tensors, n_keep=kept, seed=seed, fields=fields, evidence=known)
+        if not is_ours(function):  # it might write into the user's own weights, or into what others will be shown
+            seen = _copied(seen)
+        scores[group.name] = _checked(_call(function, seen, name), group, name)
     return scores
+
+
+def _evidence(
+    group: Group, fields: Collection[str], evidence: Mapping[str, Mapping[str, Any]], label: str
+) -> dict[str, Any]:
+    """What was measured of ``group``, as far as the criterion reads it, checked."""
+    found: dict[str, Any] = {}
+    for field in (f for f in fields if f in EVIDENCE):
+        value = evidence.get(group.name, {}).get(field)
+        if value is None:
+            also = " and loss=" if field == "products" else ""
+            raise BadRequest(
+                f"criterion {label!r} reads the {field} of group {group.name!r}, which were not measured\n"
+                f"  do: pass data={also} to plan, or evidence= from collect to score"
+            )
+        rows = (value if isinstance(value, torch.Tensor) else value.mean).shape[0]
+        if rows != group.channels:
+            raise BadRequest(
+                f"the {field} given for group {group.name!r} are of {rows} channels, and it has {group.channels}\n"
+                "  do: collect them anew, on the network that is scored"
+            )
+        found[field] = value
+    return found
+
+
+def _copied(seen: GroupView) -> GroupView:
+    """The same view on tensors of its own."""
+
+    def own(value: Any) -> Any:
+        if isinstance(value, MapStatistics):
+            return replace(value, **{key: own(v) for key, v in vars(value).items()})
+        return value.clone() if isinstance(value, torch.Tensor) else value
+
+    return replace(seen, **{key: own(value) for key, value in vars(seen).items()})
 
 
 def _call(function: Criterion, seen: GroupView, label: str) -> object:

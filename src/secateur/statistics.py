@@ -102,7 +102,8 @@ def batches(data: Iterable[Any], graph: Graph, device: torch.device, dtype: torc
     for number, batch in enumerate(data):
         _, found = read_inputs(batch, graph, number)
         moved = [t.to(device) for t in found]
-        yield [t.to(dtype) if dtype is not None and t.is_floating_point() else t.clone() for t in moved]
+        # copies: a network may write into its inputs, which are the user's
+        yield [t.to(dtype, copy=True) if dtype is not None and t.is_floating_point() else t.clone() for t in moved]
 
 
 def read_inputs(batch: Any, graph: Graph, number: int) -> tuple[Any, Inputs]:

@@ -19,9 +19,9 @@ from secateur.attributes import add_biases_, attribute_edits, bare_norm_edits, s
 from secateur.core import Edit
 from secateur.errors import LawBroken, SecateurWarning
 from secateur.graph import Graph, unwrap, with_free_batch, with_train_pass
-from secateur.groups import Coupling
+from secateur.groups import Coupling, freed, same_groups
 from secateur.interpreter import run_masked
-from secateur.masks import coupling_for, freed, same_groups
+from secateur.masks import coupling_for
 from secateur.plans import Plan, check_model, compose
 from secateur.proofs import Proof, casts, difference, prove
 from secateur.rewrites import Rewritten, rewrite

@@ -11,6 +11,8 @@ Letters: ``C`` channels of the group, ``k`` indices a channel owns along one axi
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -28,6 +30,7 @@ def view(
     n_keep: int | None = None,
     seed: int = 0,
     fields: Collection[str] = FIELDS,
+    evidence: Mapping[str, Any] = MappingProxyType({}),
 ) -> GroupView:
     """The ``GroupView`` of ``group``, gathered from ``tensors`` (state_dict name -> tensor).
 
@@ -36,7 +39,8 @@ def view(
     group's order; where nothing writes, reads or scales a group (a bare parameter in the forward), what there is of it
     stands for its filters. float64 stays float64, all other floats become float32; tensors that are not floating point
     are indices rather than weights and are left out. ``fields`` saves the gathering of matrices that are not wanted
-    (they get no columns), except for a group without filters, which is always shown in full.
+    (they get no columns), except for a group without filters, which is always shown in full. ``evidence``: what was
+    measured of the group on data (``maps``, ``activations``, ``products``), shown as it is.
 
     Raises ``CannotPrune`` for a tensor that is missing or holds NaN or infinity.
     """
@@ -51,6 +55,7 @@ def view(
         scales=_rows(group, tensors, [s for s in group.slices if s.role == "scales"] if "scales" in wanted else []),
         n_keep=n_keep,
         seed=seed,
+        **evidence,
     )
 
 

@@ -2,23 +2,49 @@
 
 A criterion is a pure function from a ``GroupView`` to ``[C]`` scores, higher is kept longer. It is short, states its
 formula, shapes and source, and is tested against a naive loop. One family a file; this dict is the registry. A user's
-own criterion is any function of the same shape and needs no registration.
+own criterion is any function of the same shape and needs no registration; an attribute ``reads`` on it says what it
+looks at, without one it is shown the weights.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from secateur.core import Criterion
 from secateur.criteria.ablation import largest, random
+from secateur.criteria.activations import apoz, mean_l1, mean_l2, mean_mean, mean_std, var_l2
+from secateur.criteria.distances import fpgm, whc
+from secateur.criteria.gradients import taylor
 from secateur.criteria.norms import l1, l2
+from secateur.criteria.scales import bn_scale
 from secateur.errors import BadRequest, nearest
+from secateur.views import FIELDS
 
-__all__ = ["CRITERIA", "READS", "l1", "l2", "largest", "random", "resolve"]
+__all__ = [
+    "CRITERIA",
+    "READS",
+    "check_given",
+    "needs_data",
+    "needs_loss",
+    "reads",
+    "resolve",
+]
 
 CRITERIA: dict[str, Criterion] = {
     "l1": l1,
     "l2": l2,
     "random": random,
     "largest": largest,
+    "mean_mean": mean_mean,
+    "mean_std": mean_std,
+    "mean_l1": mean_l1,
+    "mean_l2": mean_l2,
+    "var_l2": var_l2,
+    "apoz": apoz,
+    "bn_scale": bn_scale,
+    "taylor": taylor,
+    "whc": whc,
+    "fpgm": fpgm,
 }
 
 READS: dict[Criterion, tuple[str, ...]] = {
@@ -26,8 +52,23 @@ READS: dict[Criterion, tuple[str, ...]] = {
     l2: ("filters",),
     random: ("filters",),
     largest: ("filters",),
+    mean_mean: ("maps",),
+    mean_std: ("maps",),
+    mean_l1: ("maps",),
+    mean_l2: ("maps",),
+    var_l2: ("maps",),
+    apoz: ("activations",),
+    bn_scale: ("scales",),
+    taylor: ("products",),
+    whc: ("filters",),
+    fpgm: ("filters",),
 }
-"""Which matrices of the view a criterion reads, so that the others need not be gathered; not listed: all of them."""
+"""Which fields of the view a criterion of ours reads, so that the others need not be gathered or measured."""
+
+WEIGHTS = FIELDS
+"""The fields that are gathered from the network's tensors: what a function that does not say is shown."""
+EVIDENCE = ("maps", "activations", "products")
+"""The fields that calibration data are needed for; ``products`` needs a loss as well."""
 
 
 def resolve(criterion: str | Criterion) -> Criterion:
@@ -42,3 +83,62 @@ def resolve(criterion: str | Criterion) -> Criterion:
             f"  names: {', '.join(CRITERIA)}"
         )
     return criterion
+
+
+def is_ours(criterion: Criterion) -> bool:
+    """Whether the function is one of this registry, which are known not to write into what they are shown."""
+    return bool(getattr(criterion, "__hash__", None)) and criterion in READS
+
+
+def reads(criterion: str | Criterion) -> tuple[str, ...]:
+    """The fields of the view that a criterion reads, out of ``filters``, ``readers``, ``scales`` (gathered from the
+    weights) and ``maps``, ``activations``, ``products`` (measured on calibration data).
+
+    A user's own function says so in its attribute ``reads``, a tuple of these names; without one it is shown the
+    weights. Raises ``BadRequest`` for an unknown criterion, and for an attribute that names anything else.
+    """
+    function = resolve(criterion)
+    if is_ours(function):
+        return READS[function]
+    stated: object = getattr(function, "reads", WEIGHTS)
+    known = (*WEIGHTS, *EVIDENCE)
+    if isinstance(stated, str) or not isinstance(stated, Iterable):
+        stated = (stated,)
+    names = tuple(stated)
+    wrong = [name for name in names if name not in known]
+    if wrong:
+        raise BadRequest(
+            f"the criterion {label(function)!r} says that it reads {wrong[0]!r}, which is no field of a GroupView\n"
+            f"  do: set its attribute reads to a tuple out of {', '.join(known)}"
+        )
+    return tuple(name for name in known if name in names)
+
+
+def needs_data(criterion: str | Criterion) -> bool:
+    """Whether a criterion looks at activations or gradients, so that calibration data must be given."""
+    return any(name in EVIDENCE for name in reads(criterion))
+
+
+def needs_loss(criterion: str | Criterion) -> bool:
+    """Whether a criterion looks at gradients, so that a loss must be given beside the data."""
+    return "products" in reads(criterion)
+
+
+def check_given(criterion: str | Criterion, data: object, loss: object) -> None:
+    """Raises ``BadRequest`` unless what the criterion looks at is there. More than that is no mistake: who compares
+    criteria gives the same to all of them."""
+    name = label(criterion)
+    if needs_data(criterion) and data is None:
+        also = ", and loss=, a function of outputs and targets" if needs_loss(criterion) else ""
+        what = ", ".join(field for field in reads(criterion) if field in EVIDENCE)
+        raise BadRequest(f"criterion {name!r} looks at {what}\n  do: give data=, batches to measure them on{also}")
+    if needs_loss(criterion) and loss is None:
+        raise BadRequest(
+            f"criterion {name!r} looks at gradients, and nothing says of what\n"
+            "  do: give loss=, a function of outputs and targets, such as torch.nn.functional.cross_entropy"
+        )
+
+
+def label(criterion: str | Criterion) -> str:
+    """What to call a criterion in messages and plans."""
+    return criterion if isinstance(criterion, str) else getattr(criterion, "__name__", type(criterion).__name__)

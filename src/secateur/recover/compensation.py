@@ -23,8 +23,8 @@ from secateur.capture import in_mode
 from secateur.core import Edit, Evaluate
 from secateur.errors import BadRequest, WrongModel, nearest
 from secateur.graph import Graph, unwrap
-from secateur.groups import Coupling
-from secateur.masks import coupling_for, freed
+from secateur.groups import Coupling, freed
+from secateur.masks import coupling_for
 from secateur.plans import Plan, check_pruned
 from secateur.recover.batchnorm import Step, statistics_of
 from secateur.recover.readers import Reader, find_readers
