@@ -370,3 +370,57 @@ def test_without_free_groups_only_a_budget_that_asks_for_nothing_is_met() -> Non
     assert allocate((), {}, budget=Budget(keep=1.0), cost=cost) == {}
     with pytest.raises(Unreachable, match=r"reachable: 100 to 100 macs, 1\.0000 to 1\.0000"):
         allocate((), {}, budget=Budget(keep=0.5), cost=cost)
+
+
+# What a rule leaves whole, and losses ------------------------------------------------------------------------------
+
+WHOLE = {"conv1": "the rule leaves it whole"}
+
+
+def test_groups_that_stay_whole_need_no_scores() -> None:
+    groups = _groups(16, 16, 16)
+    scores = _scores(groups)
+    del scores["conv1"]
+    found = _widths(allocate(groups, scores, ratios=0.5, whole=WHOLE))
+    assert found == [8, 16, 8]
+    assert _widths(allocate(groups, scores, ratios=0.5, exclude="conv1")) == [8, 16, 8]
+    assert _widths(allocate(groups, scores, ratios={"conv*": 0.5}, whole=WHOLE)) == [8, 16, 8]
+    assert _widths(allocate(groups, scores, ratios={"conv1": 16, "conv0": 4}, whole=WHOLE)) == [4, 16, 16]
+    assert _widths(allocate(groups, {}, ratios={"conv1": 0.0})) == [16, 16, 16]
+    budget = Budget(at_most=32, of="channels")
+    assert _widths(allocate(groups, scores, budget=budget, whole=WHOLE, exclude="conv1"))[1] == 16
+    with pytest.raises(BadRequest, match="group 'conv1' has no scores"):
+        allocate(groups, scores, budget=budget)
+
+
+@pytest.mark.parametrize("asked", [0.5, 8, 0.1])
+def test_asking_for_a_group_that_stays_whole_tells_the_reason(asked: float) -> None:
+    groups = _groups(16, 16)
+    with pytest.raises(CannotPrune) as caught:
+        allocate(groups, _scores(groups), ratios={"*1": asked}, whole=WHOLE)
+    assert str(caught.value) == (
+        "ratios: '*1' asks for group 'conv1' (16 channels)\n  the rule leaves it whole\n"
+        "  do: leave it out, or take residual='coupled', where it is free"
+    )
+
+
+def test_an_unreachable_budget_counts_what_stays_whole_once() -> None:
+    groups = _groups(40, 40, 40)
+    budget = Budget(keep=0.1, of="channels")
+    with pytest.raises(Unreachable) as caught:
+        allocate(groups, _scores(groups), ratios={"conv0": 20}, budget=budget, whole=WHOLE, exclude="conv1")
+    text = str(caught.value)
+    assert "reachable: 61 to 100 channels" in text
+    assert "1 of 3 groups fixed by ratios; 1 groups locked ('conv1': the rule leaves it whole)" in text
+    assert "excluded" not in text
+
+
+def test_losses_decide_how_many_go_and_scores_which() -> None:
+    groups = _groups(8, 8)
+    scores = _scores(groups)
+    steep, flat = np.linspace(1, 0, 9), np.linspace(0.1, 0, 9)
+    budget = Budget(at_most=10, of="channels")
+    found = allocate(groups, scores, budget=budget, losses={"conv0": steep, "conv1": flat})
+    assert _widths(found) == [8, 2]
+    assert found["conv1"] == tuple(sorted(scores["conv1"].argsort(descending=True)[:2].tolist()))
+    assert _widths(allocate(groups, scores, budget=budget, losses={"conv0": flat, "conv1": steep})) == [2, 8]

@@ -269,7 +269,6 @@ def test_weights_that_are_not_finite_where_nothing_is_scored() -> None:
         ({"ratios": {"first": 1.5}}, r"ratios\['first'\]: 1.5 is not a ratio in \[0, 1\) or a width"),
         ({"ratios": {"first": 9}}, "'first' has 8 channels: it cannot keep 9"),
         ({"ratios": 0.5, "allocation": "globl"}, "there is no allocation 'globl'; did you mean 'global'"),
-        ({"ratios": 0.5, "data": [X]}, "data is for criteria that look at activations"),
         ({"ratios": 0.5, "residual": "scatter"}, "residual='scatter' is reserved"),
         ({"budget": sc.Budget()}, "exactly one of keep .* and at_most"),
         ({"budget": sc.Budget(keep=1.5)}, r"Budget.keep=1.5 is not a fraction in \(0, 1\]"),

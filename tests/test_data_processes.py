@@ -81,3 +81,20 @@ def test_a_process_without_a_part_of_the_last_batch_does_not_get_it(monkeypatch:
     monkeypatch.setattr("secateur.processes.world", lambda: 3)
     with pytest.raises(BadRequest, match="batch=358 is shared by 3 processes"):
         data.test.epoch(0)
+
+
+def test_whole_batches_are_read_by_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = open_data(DataSettings("digits", batch=100))
+    expected = [(inputs.clone(), targets.clone()) for inputs, targets in data.validation.first(2)]
+    monkeypatch.setattr("secateur.processes.world", lambda: 3)  # of which 100 is no multiple
+    monkeypatch.setattr("secateur.processes.rank", lambda: 1)
+    for loader in (data.validation.first(2).whole(), data.validation.whole().first(2)):
+        seen = list(loader)
+        assert len(seen) == len(expected) == 2
+        assert all(
+            torch.equal(a, b)
+            for one, other in zip(seen, expected, strict=True)
+            for a, b in zip(one, other, strict=True)
+        )
+    with pytest.raises(BadRequest, match="batch=100 is shared by 3 processes"):
+        data.validation.epoch(0)

@@ -300,13 +300,17 @@ def test_compose_joins_edits_stripes_and_residual() -> None:
     first = plan(edits=edits, stripes={"0": mask}, residual="inner")
     later = np.ones((5, 3, 3), dtype=bool)
     later[4, 0, 0] = False  # the filter that was 7 before
-    second = after(first, edits=(Edit("attribute", "0", "n", 2),), stripes={"0": later}, constants={"3": "fold"})
+    second = after(
+        first, edits=(Edit("attribute", "0", "n", 2),), stripes={"0": later}, constants={"3": "fold"}, residual="inner"
+    )
     with pytest.raises(BadPlan, match="the constants of group '3' are 'drop' in the first plan and 'fold' in"):
         compose(first, replace(second, keep={"0": (1, 4), "3": (0,)}))
     both = compose(first, second)
     assert both.edits == (Edit("attribute", "0", "n", 2), Edit("attribute", "3", "n", 2))
     assert np.argwhere(~both.stripes["0"]).tolist() == [[0, 0, 0], [7, 0, 0], [7, 2, 2]]
     assert both.residual == "inner"
+    assert compose(first, replace(second, residual="coupled")).residual == "coupled"  # its streams are cut by one
+    assert compose(first, replace(second, residual="scatter")).residual == "scatter"
     assert both.constants == {"3": "fold"}
     assert np.count_nonzero(~mask) == 2
 

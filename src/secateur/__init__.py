@@ -33,6 +33,7 @@ from secateur.onnx_file import export_onnx
 from secateur.optimisers import rebind
 from secateur.pipeline import plan
 from secateur.plans import Plan, compose
+from secateur.sensitivities import GroupCurve, Sensitivity, ratios_from, sensitivity
 from secateur.surgery import Applied, apply, record
 from secateur.version import __version__
 
@@ -51,6 +52,7 @@ __all__ = [
     "Edit",
     "Graph",
     "Group",
+    "GroupCurve",
     "GroupView",
     "LawBroken",
     "Measurement",
@@ -59,6 +61,7 @@ __all__ = [
     "Plan",
     "SecateurError",
     "SecateurWarning",
+    "Sensitivity",
     "Slice",
     "Unreachable",
     "WrongModel",
@@ -73,8 +76,10 @@ __all__ = [
     "masked",
     "measure",
     "plan",
+    "ratios_from",
     "rebind",
     "record",
     "save",
+    "sensitivity",
     "trace",
 ]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from numbers import Integral, Real
 
@@ -38,41 +39,55 @@ def allocate(
     min_channels: int = 1,
     round_to: int = 1,
     locked: Sequence[Group] = (),
+    whole: Mapping[str, str] | None = None,
+    losses: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, tuple[int, ...]]:
     """The sorted indices of the channels that each group keeps; every group is listed.
 
-    ``scores``: ``{group name: [C]}``, higher is kept longer. ``ratios``: the fraction removed, in [0, 1), for all
-    groups, or ``{name or glob: ratio or absolute width}`` (a name goes before globs, among globs the first that
-    matches counts; a width counts channels of the group; a group of ``n`` keeps ``floor(n (1 - ratio) + 1e-9)``,
-    rounded up to ``round_to``). ``budget`` and ``cost`` (index = place in ``groups``; not needed for channels):
-    groups that ``ratios`` names keep that width and the others meet the budget. ``exclude``: names or globs that keep
-    everything, whatever ``ratios`` says. ``locked``: only to tell why they cannot be asked for.
+    ``scores``: ``{group name: [C]}``, higher is kept longer, for all groups that may get narrower. ``ratios``: the
+    fraction removed, in [0, 1), for all groups, or ``{name or glob: ratio or absolute width}`` (a name goes before
+    globs, among globs the first that matches counts; a width counts channels of the group; a group of ``n`` keeps
+    ``floor(n (1 - ratio) + 1e-9)``, rounded up to ``round_to``). ``budget`` and ``cost`` (index = place in ``groups``;
+    not needed for channels): groups that ``ratios`` names keep that width and the others meet the budget. ``exclude``:
+    names or globs that keep everything, whatever ``ratios`` says. ``locked``: only to tell why they cannot be asked
+    for. ``whole``: ``{group: why}`` of free groups that a rule leaves whole. ``losses``: ``{group: [C + 1]}``, what is
+    predicted to be lost at each width; the budget is then met with the least sum of them (see ``budgets.meet``), and
+    ``allocation`` does not count.
 
     Raises ``BadRequest`` for what is out of range, contradictory or matches nothing, ``CannotPrune`` for a request
-    that touches only locked groups, and ``Unreachable``, with the reachable range, for a budget that cannot be met.
+    that touches only groups which are locked or stay whole, and ``Unreachable``, with the reachable range, for a budget
+    that cannot be met.
     """
-    _check_request(groups, scores, ratios, budget, allocation)
+    _check_request(ratios, budget, allocation)
     min_channels, round_to = _bounds(budget, min_channels, round_to)
-    excluded = excluded_groups(groups, exclude, locked)
-    fixed = fixed_widths(groups, ratios, locked)
+    whole = whole or {}
+    excluded = excluded_groups(groups, exclude, locked) - whole.keys()
+    fixed = fixed_widths(groups, ratios, locked, whole)
     ladder = ladder_of(groups, min_channels, round_to)
     width = np.array([g.channels for g in groups], dtype=np.int64)
     free = np.ones(len(groups), dtype=bool)
     for i, group in enumerate(groups):
-        if group.name in excluded:
+        if group.name in excluded or group.name in whole:
             free[i] = False
         elif group.name in fixed:
             width[i], free[i] = _width(group, fixed[group.name], ladder, i), False
+    narrower = [width[i] < group.channels or (free[i] and budget is not None) for i, group in enumerate(groups)]
+    _check_scores([group for group, needed in zip(groups, narrower, strict=True) if needed], scores)
     if budget is not None:
         if budget.of == "channels":
             cost = _channel_cost(groups)
         elif cost is None:
             raise BadRequest(f"a budget of {budget.of} needs the cost of the network as a function of its widths")
-        width = meet(Problem(groups, scores, cost, width, free, ladder), budget, allocation, len(excluded), locked)
-    return {g.name: _highest(scores[g.name], int(w)) for g, w in zip(groups, width, strict=True)}
+        held = [replace(g, locked=whole[g.name]) for g in groups if g.name in whole]
+        problem = Problem(groups, scores, cost, width, free, ladder)
+        width = meet(problem, budget, allocation, len(excluded), (*held, *locked), losses=losses)
+    return {
+        g.name: highest(scores[g.name], int(w)) if w < g.channels else tuple(range(g.channels))
+        for g, w in zip(groups, width, strict=True)
+    }
 
 
-def _highest(scores: torch.Tensor, count: int) -> tuple[int, ...]:
+def highest(scores: torch.Tensor, count: int) -> tuple[int, ...]:
     """The indices of the ``count`` highest scores, sorted; of equal ones the lower indices."""
     order = np.argsort(-scores.detach().cpu().double().numpy(), kind="stable")
     return tuple(np.sort(order[:count]).tolist())
@@ -81,9 +96,7 @@ def _highest(scores: torch.Tensor, count: int) -> tuple[int, ...]:
 # What may be asked for -------------------------------------------------------------------------------------------
 
 
-def _check_request(
-    groups: Sequence[Group], scores: Mapping[str, torch.Tensor], ratios: object, budget: object, allocation: str
-) -> None:
+def _check_request(ratios: object, budget: object, allocation: str) -> None:
     if allocation not in ALLOCATIONS:
         raise BadRequest(f"there is no allocation {allocation!r}{nearest(str(allocation), ALLOCATIONS)}")
     if ratios is None and budget is None:
@@ -95,6 +108,9 @@ def _check_request(
                 f"ratios={ratios!r} fixes every group, so nothing is left to meet the budget\n"
                 "  do: give one of them, or ratios for some groups as {pattern: ratio}"
             )
+
+
+def _check_scores(groups: Sequence[Group], scores: Mapping[str, torch.Tensor]) -> None:
     for group in groups:
         values = scores.get(group.name)
         if values is None:
@@ -169,14 +185,21 @@ def excluded_groups(groups: Sequence[Group], exclude: str | Sequence[str], locke
 
 
 def fixed_widths(
-    groups: Sequence[Group], ratios: float | Mapping[str, float] | None, locked: Sequence[Group]
+    groups: Sequence[Group],
+    ratios: float | Mapping[str, float] | None,
+    locked: Sequence[Group],
+    whole: Mapping[str, str] | None = None,
 ) -> dict[str, float]:
-    """``{group name: ratio or width}`` of the groups that ``ratios`` speaks of."""
+    """``{group name: ratio or width}`` of the groups that ``ratios`` speaks of, but for those that stay ``whole``.
+
+    A glob passes over what stays whole if it matches anything else; so does one ratio for all groups.
+    """
+    whole = whole or {}
     if ratios is None:
         return {}
     if not isinstance(ratios, Mapping):
         _check_ratio(ratios, "ratios")
-        return {g.name: float(ratios) for g in groups}
+        return {g.name: float(ratios) for g in groups if g.name not in whole}
     named: dict[str, float] = {}
     matched: dict[str, float] = {}
     for pattern, value in ratios.items():
@@ -188,7 +211,13 @@ def fixed_widths(
             )
         if not _is_count(value):
             _check_ratio(value, f"ratios[{pattern!r}]", " or a width of 1 or more (an int)")
-        for group in free:
+        held = [g for g in free if g.name in whole]
+        if len(held) == len(free) and any(value not in (0, g.channels) for g in held):
+            raise CannotPrune(
+                f"ratios: {pattern!r} asks for group {held[0].name!r} ({held[0].channels} channels)\n"
+                f"  {whole[held[0].name]}\n  do: leave it out, or take residual='coupled', where it is free"
+            )
+        for group in free if not held else (g for g in free if g.name not in whole):
             (named if group.name == pattern else matched).setdefault(group.name, value)
     return {**matched, **named}
 

@@ -5,6 +5,9 @@ the shortest prefix that meets the budget goes, and what then still fits is put 
 are so coarse that this ends below 0.99 of the budget, other combinations are tried: all of them if they are few, else
 by a local search that exchanges units.
 
+Where it is known what each group loses at each width (a sensitivity analysis), no order is needed: what is looked for
+is the combination that meets the budget with the least sum of losses (``tradeoffs.py``).
+
 The order needs an exchange rate between groups. ``global``: a unit is worth the share of the importance that its group
 still holds, as ``log(before / after)``, times the number of layers that write the group (a residual stage is many
 layers pruned as one), per unit of what removing a channel of the dense network saves. A share is free of scale, and
@@ -17,20 +20,17 @@ Letters: ``G`` groups, ``U`` units, ``B`` choices.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from secateur.core import Budget, Group
-from secateur.costs import Cost, evaluate, evaluate_many, marginals
-from secateur.errors import Unreachable
+from secateur.costs import Cost, evaluate, marginals
+from secateur.errors import BadRequest, Unreachable
 from secateur.scores import normalise
+from secateur.tradeoffs import NEAR, Menu, best_of_all, few, least_loss, menu_of
 
-NEAR = 0.99
-"""A budget counts as reached from this fraction of it on."""
-FEW = 20_000
-"""So many combinations of widths are tried one and all."""
 TRIES = 300
 """So many steps the search among more combinations takes at most."""
 
@@ -93,12 +93,26 @@ class Units:
     loss: np.ndarray
 
 
-def meet(problem: Problem, budget: Budget, allocation: str, n_excluded: int, locked: Sequence[Group]) -> np.ndarray:
+def meet(
+    problem: Problem,
+    budget: Budget,
+    allocation: str,
+    n_excluded: int,
+    locked: Sequence[Group],
+    *,
+    losses: Mapping[str, np.ndarray] | None = None,
+) -> np.ndarray:
     """The kept counts ``[G]`` that come nearest to the budget from below.
 
-    ``allocation``: the order in which units go, global or uniform. ``n_excluded`` and ``locked`` only explain. Raises
-    ``Unreachable``, with the reachable range and what bounds it.
+    ``allocation``: the order in which units go, global or uniform. ``losses``: ``{group name: [channels + 1]}``, what
+    is lost where a group keeps so many channels, infinite where that is not known; then neither order nor scores
+    matter, but the sum of losses is the least (or nearly: ``tradeoffs.py``) within [0.99, 1.00] of the budget, and a
+    free group that is not listed stays whole. ``n_excluded`` and ``locked`` only explain.
+
+    Raises ``Unreachable``, with the reachable range and what bounds it, and ``BadRequest`` for losses of other groups.
     """
+    if losses is not None:
+        problem = replace(problem, ladder=_known(problem, losses))
     n_groups = len(problem.groups)
     dense = evaluate(problem.cost, problem.ladder.dense)
     target = float(budget.at_most) if budget.at_most is not None else float(budget.keep or 0) * dense
@@ -107,7 +121,10 @@ def meet(problem: Problem, budget: Budget, allocation: str, n_excluded: int, loc
         return problem.keep(none)
     lowest = problem.cost_at(problem.ladder.levels)
     if lowest > target:
-        raise Unreachable(_why_unreachable(problem, budget, target, dense, n_excluded, locked))
+        raise Unreachable(_why_unreachable(problem, budget, target, dense, n_excluded, locked, losses))
+    if losses is not None:
+        level = least_loss(_menu(problem, losses), target)
+        return problem.keep(level if problem.cost_at(level) >= NEAR * target else _searched(problem, level, target))
     units = _units(problem, allocation)
     fewest, most = 0, len(units.group)
     while most - fewest > 1:
@@ -189,22 +206,41 @@ def _fill(problem: Problem, units: Units, level: np.ndarray, target: float) -> n
 
 def _combine(problem: Problem, units: Units, level: np.ndarray, target: float) -> np.ndarray:
     """A combination of widths nearer to the budget than ``level [G]``, where there is one."""
-    widths = zip(problem.ladder.levels, problem.free, strict=True)
-    choices = [np.arange(n + 1) if free else np.zeros(1) for n, free in widths]
-    if np.prod([float(len(c)) for c in choices]) <= FEW:
-        return _best_of_all(problem, units, choices, target)
-    return _searched(problem, level, target)
+    lost = [np.concatenate([[0.0], np.cumsum(units.loss[units.group == i])]) for i in range(len(level))]
+    menu = menu_of(problem.cost, _widths(problem), lost)
+    return best_of_all(menu, target) if few(menu) else _searched(problem, level, target)
 
 
-def _best_of_all(problem: Problem, units: Units, choices: Sequence[np.ndarray], target: float) -> np.ndarray:
-    """Of all combinations within [0.99, 1.00] of the budget the one that loses least, else the nearest below."""
-    levels = np.stack(np.meshgrid(*choices, indexing="ij"), axis=-1).reshape(-1, len(choices)).astype(np.int64)
-    costs = evaluate_many(problem.cost, problem.keep(levels))
-    lost = np.zeros(len(levels))
-    for group, level, loss in zip(units.group, units.level, units.loss, strict=True):
-        lost += np.where(levels[:, group] > level, loss, 0.0)
-    near = (costs <= target) & (costs >= min(NEAR * target, costs[costs <= target].max()))
-    return np.asarray(levels[near][np.argmin(lost[near])])
+def _widths(problem: Problem) -> list[np.ndarray]:
+    """The widths of each group from the widest on; one for a group that is not free."""
+    tops = np.where(problem.free, problem.ladder.levels, 0)
+    levels = np.minimum(np.arange(tops.max(initial=0) + 1)[:, None], tops)
+    return [own[: top + 1] for own, top in zip(problem.keep(levels).T, tops, strict=True)]
+
+
+def _known(problem: Problem, losses: Mapping[str, np.ndarray]) -> Ladder:
+    """The ladder without the widths at which the loss is not known."""
+    levels = np.zeros_like(problem.ladder.levels)
+    for i, own in enumerate(_widths(problem)):
+        group = problem.groups[i]
+        lost = losses.get(group.name)
+        if lost is not None and len(lost) != group.channels + 1:
+            raise BadRequest(
+                f"group {group.name!r} has {group.channels} channels, and its losses are known for {len(lost) - 1}\n"
+                "  do: measure the sensitivity with the same residual and prefer as you plan with"
+            )
+        if lost is not None and problem.free[i]:
+            levels[i] = np.isfinite(lost[own]).sum() - 1
+    return replace(problem.ladder, levels=np.maximum(levels, 0))
+
+
+def _menu(problem: Problem, losses: Mapping[str, np.ndarray]) -> Menu:
+    widths = _widths(problem)
+    lost = [
+        losses[group.name][own] if len(own) > 1 else np.zeros(1)
+        for group, own in zip(problem.groups, widths, strict=True)
+    ]
+    return menu_of(problem.cost, widths, lost)
 
 
 def _searched(problem: Problem, level: np.ndarray, target: float) -> np.ndarray:
@@ -232,14 +268,29 @@ def _searched(problem: Problem, level: np.ndarray, target: float) -> np.ndarray:
 
 
 def _why_unreachable(
-    problem: Problem, budget: Budget, target: float, dense: float, n_excluded: int, locked: Sequence[Group]
+    problem: Problem,
+    budget: Budget,
+    target: float,
+    dense: float,
+    n_excluded: int,
+    locked: Sequence[Group],
+    losses: Mapping[str, np.ndarray] | None,
 ) -> str:
     """What the budget asks for, what can be reached, and what stands in the way."""
     least, most = problem.cost_at(problem.ladder.levels), problem.cost_at(np.zeros_like(problem.width))
-    n_fixed = int((~problem.free).sum()) - n_excluded
+    held = {group.name for group in locked}
+    n_fixed = sum(g.name not in held for g, free in zip(problem.groups, problem.free, strict=True) if not free)
+    n_fixed -= n_excluded
     bounds = [f"min_channels={budget.min_channels}" if budget.min_channels > 1 else "one channel of every group stays"]
     if budget.round_to > 1:
         bounds.append(f"round_to={budget.round_to}")
+    if losses is not None:
+        bounds.append("no group is narrower than the sensitivity analysis has tried it")
+        unknown = [
+            g.name for g, free in zip(problem.groups, problem.free, strict=True) if free and g.name not in losses
+        ]
+        if unknown:
+            bounds.append(f"{len(unknown)} of {len(problem.groups)} groups were not analysed ({unknown[0]!r})")
     if n_excluded:
         bounds.append(f"{n_excluded} of {len(problem.groups)} groups excluded")
     if n_fixed:

@@ -1,21 +1,31 @@
-"""The whole flow in one function: capture, groups, scores, kept counts, plan."""
+"""The whole flow in one function: capture, groups, calibration, scores, kept counts, plan."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import nn
 
-from secateur.allocation import allocate
-from secateur.core import Budget, Criterion
-from secateur.errors import BadRequest
+from secateur.allocation import allocate, excluded_groups, fixed_widths
+from secateur.calibration import Loss, collect
+from secateur.core import Budget, Criterion, Group
+from secateur.criteria import CRITERIA, check_given, label, reads, resolve
+from secateur.errors import BadRequest, nearest
 from secateur.graph import Graph, Inputs, trace
-from secateur.groups import Prefer, couple
+from secateur.groups import Coupling, Prefer, couple
 from secateur.operations import costs_of
 from secateur.plans import Plan, fingerprint, input_specs
+from secateur.residuals import kept_whole, scored_by_projection
 from secateur.scores import score
+from secateur.selection import front_to_back
+from secateur.sensitivities import Sensitivity
+from secateur.sensitivities.choice import losses
 from secateur.version import __version__
+
+Residual = Literal["coupled", "inner", "projection", "scatter"]
+RESIDUALS = ("coupled", "inner", "projection")
 
 
 def plan(
@@ -28,7 +38,10 @@ def plan(
     exclude: str | Sequence[str] = (),
     allocation: Literal["global", "uniform"] = "global",
     data: Iterable[Any] | None = None,
-    residual: Literal["coupled", "inner", "scatter"] = "coupled",
+    loss: Loss | None = None,
+    residual: Residual = "coupled",
+    greedy: bool = False,
+    sensitivity: Sensitivity | None = None,
     prefer: Prefer = "channels",
     min_channels: int = 1,
     round_to: int = 1,
@@ -38,65 +51,173 @@ def plan(
 
     ``budget`` says what the result may cost, ``ratios`` what fraction of which groups goes (or an absolute width); with
     both, ``ratios`` fixes the groups that it names and the rest meets the budget. ``exclude``: names or globs of groups
-    that stay whole. ``allocation``: ``"global"`` compares normalised scores per cost over the whole network,
-    ``"uniform"`` takes the same fraction everywhere. ``prefer="module"`` keeps the halves of even splits equal, so that
-    more networks stay plain modules of their own classes.
+    that stay whole; they are neither scored nor measured. ``allocation``: ``"global"`` compares normalised scores per
+    cost over the whole network, ``"uniform"`` takes the same fraction everywhere. With ``sensitivity``, the budget is
+    met with the least predicted loss instead. ``prefer="module"`` keeps the halves of even splits equal, so that more
+    networks stay plain modules of their own classes.
 
-    Raises ``CannotCapture``, ``BadRequest``, ``Unreachable`` or ``CannotPrune``, each with what to do about it.
+    ``data``: calibration batches, of inputs or of ``(inputs, targets)``, for criteria that look at activations or
+    gradients; the latter need ``loss``, a function of outputs and targets, too. Criteria that look at weights only do
+    not read them.
+
+    ``residual``: ``"coupled"`` prunes all that is added up together; ``"inner"`` only what is added to nothing;
+    ``"projection"`` scores a residual stream by its shortcut projection alone, and leaves whole one that has none (Li
+    et al. 2017, section 3.4; see ``residuals.py``). ``greedy``: which channels go is decided front to back, with the
+    weights of what is gone already left out (Li et al. 2017, section 3.3; see ``selection.py`` for what that means to
+    criteria other than norms). How many go is not affected by it.
+
+    Raises ``CannotCapture``, ``BadRequest``, ``Unreachable``, ``CannotPrune`` or ``WrongModel`` (a sensitivity of
+    another network), each with what to do about it.
     """
-    _check_request(budget, ratios, data, residual)
-    graph = trace(model, example_inputs)
-    coupling = couple(graph, prefer)
-    scores = score(coupling.groups, graph.tensors, criterion, seed=seed)
-    cost = costs_of(coupling, budget.of) if budget is not None and budget.of in ("macs", "params") else None
+    how = _Request(criterion, budget, ratios, exclude, allocation, data, loss, residual, greedy, sensitivity)
+    how = replace(how, prefer=prefer, min_channels=min_channels, round_to=round_to, seed=seed)
+    _check_request(how)
+    _check_sensitivity(how)
+    _check_criterion(how)
+    return _decide(trace(model, example_inputs), how)
+
+
+@dataclass(frozen=True, eq=False)
+class _Request:
+    """The options of ``plan``."""
+
+    criterion: str | Criterion
+    budget: Budget | None
+    ratios: float | Mapping[str, float] | None
+    exclude: str | Sequence[str]
+    allocation: str
+    data: Iterable[Any] | None
+    loss: Loss | None
+    residual: Residual
+    greedy: bool
+    sensitivity: Sensitivity | None
+    prefer: Prefer = "channels"
+    min_channels: int = 1
+    round_to: int = 1
+    seed: int = 0
+
+
+def _decide(graph: Graph, how: _Request) -> Plan:
+    if how.sensitivity is not None:
+        how.sensitivity.check(graph.model)
+    coupling = couple(graph, how.prefer)
+    whole = kept_whole(coupling, how.residual)
+    judged = _judged(coupling, whole, how)
+    evidence: dict[str, dict[str, Any]] = {}
+    if how.data is not None:
+        evidence = collect(coupling, judged, reads(how.criterion), how.data, loss=how.loss)
+    scores = score(judged, graph.tensors, how.criterion, seed=how.seed, evidence=evidence)
     keep = allocate(
         coupling.groups,
         scores,
-        ratios=ratios,
-        budget=budget,
-        cost=cost,
-        allocation=allocation,
-        exclude=exclude,
-        min_channels=min_channels,
-        round_to=round_to,
+        ratios=how.ratios,
+        budget=how.budget,
+        cost=costs_of(coupling, how.budget.of) if how.budget and how.budget.of in ("macs", "params") else None,
+        allocation=how.allocation,
+        exclude=how.exclude,
+        min_channels=how.min_channels,
+        round_to=how.round_to,
         locked=coupling.locked,
+        whole=whole,
+        losses=None if how.sensitivity is None else losses(how.sensitivity),
     )
-    options = {
-        "allocation": allocation,
-        "prefer": prefer,
-        "seed": seed,
-        "ratios": ratios,
-        "budget": budget,
-        "exclude": exclude,
-    }
+    if how.greedy:
+        widths = {name: len(kept) for name, kept in keep.items()}
+        seen = {group.name: group for group in judged}
+        keep = front_to_back(coupling, seen, widths, how.criterion, seed=how.seed, evidence=evidence)
     return Plan(
         groups=coupling.groups,
         keep=keep,
         model=fingerprint(graph.model),
         inputs=input_specs(graph.args, graph.kwargs),
-        made_by=_made_by(criterion, options),
+        made_by=_made_by(how),
+        residual="inner" if how.residual == "inner" else "coupled",
         graph=graph,
     )
 
 
-def _check_request(budget: object, ratios: object, data: object, residual: str) -> None:
-    if budget is None and ratios is None:
+def _judged(coupling: Coupling, whole: Mapping[str, str], how: _Request) -> list[Group]:
+    """The groups that may get narrower, as the criterion is to see them: the others need not be scored."""
+    excluded = excluded_groups(coupling.groups, how.exclude, coupling.locked)
+    fixed = fixed_widths(coupling.groups, how.ratios, coupling.locked, whole)
+    projected = scored_by_projection(coupling) if how.residual == "projection" else {}
+    judged = []
+    for group in coupling.groups:
+        asked = fixed.get(group.name, 0 if how.budget is None else None)
+        if asked not in (0, group.channels) and group.name not in excluded and group.name not in whole:
+            judged.append(projected.get(group.name, group))
+    return judged
+
+
+# What may be asked for -------------------------------------------------------------------------------------------
+
+
+def _check_request(how: _Request) -> None:
+    if how.budget is None and how.ratios is None:
         raise BadRequest("say how much to prune: budget=sc.Budget(keep=0.5) or ratios=0.5")
-    if budget is not None and not isinstance(budget, Budget):
-        raise BadRequest(f"a budget is a Budget, not {budget!r}: say sc.Budget(keep=0.5, of='macs')")
-    if data is not None:
-        raise BadRequest("data is for criteria that look at activations; this release has none that do")
-    if residual != "coupled":
+    if how.budget is not None and not isinstance(how.budget, Budget):
+        raise BadRequest(f"a budget is a Budget, not {how.budget!r}: say sc.Budget(keep=0.5, of='macs')")
+    if how.residual == "scatter":
         raise BadRequest(
-            f"residual={residual!r} is reserved; this release prunes residual streams together, residual='coupled'"
+            "residual='scatter' is reserved: this release does not prune one layer of a residual stream alone\n"
+            f"  do: take one of {', '.join(map(repr, RESIDUALS))}"
+        )
+    if how.residual not in RESIDUALS:
+        raise BadRequest(f"there is no residual rule {how.residual!r}{nearest(str(how.residual), RESIDUALS)}")
+
+
+def _check_sensitivity(how: _Request) -> None:
+    if how.sensitivity is None:
+        return
+    if not isinstance(how.sensitivity, Sensitivity):
+        raise BadRequest(
+            f"sensitivity is what sc.sensitivity returned, not {type(how.sensitivity).__name__}\n"
+            "  do: read a file with sc.Sensitivity.from_json(text)"
+        )
+    if how.budget is None:
+        raise BadRequest(
+            "a sensitivity says which groups give way to meet a budget, and there is none\n"
+            "  do: give budget=sc.Budget(keep=0.5), or ratios=sc.ratios_from(sensitivity, tolerance=...) without it"
+        )
+    if how.allocation != "global":
+        raise BadRequest(
+            f"allocation={how.allocation!r} and a sensitivity both say which groups give way to meet the budget\n"
+            "  do: give one of them"
         )
 
 
-def _made_by(criterion: str | Criterion, options: Mapping[str, Any]) -> dict[str, Any]:
+def _check_criterion(how: _Request) -> None:
+    """That what the criterion looks at is there, and that greedy selection would make a difference to it."""
+    criterion = how.criterion
+    function, name = resolve(criterion), label(criterion)
+    check_given(criterion, how.data, how.loss)
+    if how.greedy and (function is CRITERIA["random"] or "filters" not in reads(criterion)):
+        looks = "at nothing" if function is CRITERIA["random"] else f"at {', '.join(reads(criterion))}"
+        raise BadRequest(
+            f"greedy means nothing to criterion {name!r}, which looks {looks}: greedy selection leaves the weights of "
+            "removed channels out of what a criterion sees of the filters\n"
+            "  do: leave greedy out, or take a criterion that looks at filters, such as 'l1'"
+        )
+
+
+def _made_by(how: _Request) -> dict[str, Any]:
     """What a reader of the plan wants to know about its making, as JSON values; options that were not given are left
     out."""
     found: dict[str, Any] = {"secateur": __version__}
-    found["criterion"] = criterion if isinstance(criterion, str) else getattr(criterion, "__name__", "custom")
+    found["criterion"] = (
+        how.criterion if isinstance(how.criterion, str) else getattr(how.criterion, "__name__", "custom")
+    )
+    options: dict[str, Any] = {
+        "allocation": how.allocation,
+        "sensitivity": how.sensitivity and {"criterion": how.sensitivity.criterion, **how.sensitivity.made_by},
+        "residual": None if how.residual == "coupled" else how.residual,
+        "greedy": how.greedy or None,
+        "prefer": how.prefer,
+        "seed": how.seed,
+        "ratios": how.ratios,
+        "budget": how.budget,
+        "exclude": how.exclude,
+    }
     for name, value in options.items():
         if isinstance(value, Budget):
             value = {key: own for key, own in vars(value).items() if own is not None}

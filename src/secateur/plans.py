@@ -263,7 +263,7 @@ def compose(first: Plan, second: Plan) -> Plan:
         made_by={**second.made_by, "after": dict(first.made_by)},
         constants=_compose_constants(first, second),
         stripes=_compose_stripes(first, second, before),
-        residual=first.residual if second.residual == "coupled" else second.residual,
+        residual=_compose_residual(first.residual, second.residual),
         edits=tuple(edits.values()),
     )
     _same_cuts(result.kept(), final)
@@ -320,6 +320,13 @@ def _same_cuts(got: Mapping[str, Mapping[int, np.ndarray]], wanted: Mapping[str,
                     f"the plans do not compose: the second cuts axis {axis} of {tensor!r}, where the first plan has no "
                     "channel. Plan the original network in one step instead"
                 )
+
+
+def _compose_residual(first: Residual, second: Residual) -> Residual:
+    """Streams are cut if one of the two cuts them."""
+    if "scatter" in (first, second):
+        return "scatter"
+    return first if first == second else "coupled"
 
 
 def _compose_constants(first: Plan, second: Plan) -> dict[str, Constant]:

@@ -8,18 +8,22 @@ Between the network that a schedule sets out from and its goal, the kept fractio
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypedDict, cast
 
 import numpy as np
 import torch
 
 from secateur.allocation import allocate, excluded_groups, fixed_widths
+from secateur.calibration import Loss
 from secateur.core import Budget, Criterion, Group
 from secateur.costs import evaluate
 from secateur.graph import Graph
 from secateur.groups import Prefer, couple
 from secateur.operations import costs_of
+from secateur.pipeline import Residual
+from secateur.residuals import kept_whole
+from secateur.sensitivities import Sensitivity
 from secateur.surgery import record
 
 
@@ -32,7 +36,10 @@ class Options(TypedDict, total=False):
     exclude: str | Sequence[str]
     allocation: Literal["global", "uniform"]
     data: Iterable[Any] | None
-    residual: Literal["coupled", "inner", "scatter"]
+    loss: Loss | None
+    residual: Residual
+    greedy: bool
+    sensitivity: Sensitivity | None
     prefer: Prefer
     min_channels: int
     round_to: int
@@ -42,7 +49,7 @@ class Options(TypedDict, total=False):
 SPAN = 2**32
 """More than a group can have channels: group and channel as one number."""
 
-SCORING = ("criterion", "data", "residual", "prefer", "seed")
+SCORING = ("criterion", "data", "loss", "residual", "greedy", "prefer", "seed")
 """The options that say which channels go; the others say how many."""
 
 
@@ -53,14 +60,16 @@ Origin = Mapping[str, Mapping[int, np.ndarray]]
 @dataclass(frozen=True, eq=False)
 class Start:
     """The network that a schedule sets out from: its free and its locked groups and its cost in each unit that a budget
-    may be of. ``origin``: which positions of each axis it has kept itself, where it was pruned before. All of it
-    depends on the structure alone, so that a resumed run can make it again.
+    may be of. ``origin``: which positions of each axis it has kept itself, where it was pruned before. ``whole``:
+    ``{group: why}`` of the free groups that the residual rule leaves whole. All of it depends on the structure alone,
+    so that a resumed run can make it again.
     """
 
     groups: tuple[Group, ...]
     locked: tuple[Group, ...]
     cost: Mapping[str, float]
     origin: Origin
+    whole: Mapping[str, str] = field(default_factory=dict)
 
 
 def start_of(graph: Graph, options: Options) -> Start:
@@ -69,7 +78,12 @@ def start_of(graph: Graph, options: Options) -> Start:
     dense = np.array([group.channels for group in coupling.groups], dtype=np.int64)
     cost = {of: evaluate(costs_of(coupling, of), dense) for of in ("macs", "params")}
     cost["channels"] = float(sum(group.channels * group.partitions for group in coupling.groups))
-    return Start(coupling.groups, tuple(coupling.locked), cost, _origin(graph))
+    return Start(coupling.groups, tuple(coupling.locked), cost, _origin(graph), whole_groups(graph, options))
+
+
+def whole_groups(graph: Graph, options: Options) -> dict[str, str]:
+    """``{group: why}`` of the free groups that the residual rule among the options leaves whole."""
+    return kept_whole(couple(graph, options.get("prefer", "channels")), options.get("residual", "coupled"))
 
 
 def successors(start: Start, graph: Graph, options: Options) -> dict[str, Group]:
@@ -150,7 +164,7 @@ def _target(start: Start, budget: Budget, fraction: float) -> float:
 
 def _widths(start: Start, options: Options, ratios: float | Mapping[str, float], fraction: float) -> dict[str, int]:
     """How many channels the groups that ``ratios`` speaks of keep after ``fraction`` of the way."""
-    asked = fixed_widths(start.groups, ratios, start.locked)
+    asked = fixed_widths(start.groups, ratios, start.locked, start.whole)
     if fraction < 1:
         channels = {group.name: group.channels for group in start.groups}
         kept = {name: value / channels[name] if _is_width(value) else 1 - value for name, value in asked.items()}
@@ -167,6 +181,7 @@ def _widths(start: Start, options: Options, ratios: float | Mapping[str, float],
         min_channels=max(options.get("min_channels", 1), budget.min_channels if budget is not None else 1),
         round_to=round_to,
         locked=start.locked,
+        whole=start.whole,
     )
     return {name: len(keep[name]) for name in asked}
 

@@ -35,7 +35,7 @@ from secateur.pipeline import plan
 from secateur.plans import Plan
 from secateur.recover.hooks import Hooks, State
 from secateur.schedules import places
-from secateur.schedules.options import Options
+from secateur.schedules.options import Options, whole_groups
 from secateur.schedules.zeros import read_masks, same_network
 
 Kind = Literal["greg", "depgraph"]
@@ -94,7 +94,9 @@ class GrowingPenalty:
         self.steps = 0
         self._goal = plan(graph, **options)
         found = places.parameters_of(graph.model)
-        spared = excluded_groups(self._goal.groups, options.get("exclude", ()), ())
+        spared = (
+            excluded_groups(self._goal.groups, options.get("exclude", ()), ()) | whole_groups(graph, options).keys()
+        )
         self._groups = [group for group in self._goal.groups if group.name not in spared]
         self._slices = {group.name: places.makers(group, found, growth.roles) for group in self._groups}
         self._chosen: dict[str, np.ndarray] = {}

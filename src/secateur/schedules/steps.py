@@ -14,10 +14,11 @@ from torch import nn
 
 from secateur.errors import BadRequest, SecateurWarning
 from secateur.graph import Graph, Inputs, trace
-from secateur.groups import Coupling, couple
+from secateur.groups import couple
 from secateur.pipeline import plan
 from secateur.plans import Plan
 from secateur.schedules.options import Options, Start, at_widths, partway, start_of, successors, widths_of
+from secateur.selection import forward_order
 from secateur.surgery import apply
 
 
@@ -48,6 +49,7 @@ def iterative_step(
     """
     if not 0 <= step < steps:
         raise BadRequest(f"there is no step {step} of {steps}: steps count from 0")
+    _check_lasting(steps, options)
     graph = trace(model, example_inputs)
     found = successors(start, graph, options)
     asked = partway(start, options, (step + 1) / steps, found)
@@ -56,6 +58,16 @@ def iterative_step(
     asked["exclude"] = [*asked["exclude"], *(group.name for group in groups if group.name not in known)]
     cut = plan(graph, **asked)
     return cut, apply(graph, cut)
+
+
+def _check_lasting(steps: int, options: Options) -> None:
+    """Raises ``BadRequest`` for options that know the network before the first of several cuts only."""
+    if steps > 1 and options.get("sensitivity") is not None:
+        raise BadRequest(
+            "a sensitivity was measured on the network before the first cut, and does not know those in between\n"
+            "  do: plan once with it, and give what comes out as widths: "
+            "ratios={name: len(kept) for name, kept in plan.keep.items()}"
+        )
 
 
 def layer_widths(
@@ -83,8 +95,8 @@ def layer_step(
     """Cut one group to ``width`` channels, scored on the network at hand: the plan and the smaller network.
 
     ``name``: what the group was called in the network at the start (``layer_widths``). Of ``options`` only those count
-    that say which channels go: criterion, data, residual, prefer, seed. Warns (``SecateurWarning``) where earlier cuts
-    have left nothing of the group that can be cut on its own.
+    that say which channels go: criterion, data, loss, residual, greedy, prefer, seed. Warns (``SecateurWarning``) where
+    earlier cuts have left nothing of the group that can be cut on its own.
     """
     graph = trace(model, example_inputs)
     widths = widths_of({name: int(width)}, successors(start, graph, options))
@@ -94,24 +106,3 @@ def layer_step(
         )
     cut = plan(graph, **at_widths(options, widths))
     return cut, apply(graph, cut)
-
-
-def forward_order(coupling: Coupling) -> list[str]:
-    """The names of the free groups, in the order in which the forward pass first uses a tensor that writes them.
-
-    The groups themselves stand in the order in which the modules were registered, which need not be the same.
-    """
-    capture = coupling.graph.captures[0]
-    first: dict[str, int] = {}
-    for position, node in enumerate(capture.graph.nodes):
-        for source in node.all_input_nodes:
-            if source.op == "get_attr" and str(source.target) in capture.names:
-                first.setdefault(capture.names[str(source.target)], position)
-    never = len(capture.graph.nodes)
-
-    def begins(number: int) -> tuple[int, int]:
-        slices = coupling.groups[number].slices
-        writers = [s for s in slices if s.role == "writes"] or list(slices)
-        return min(first.get(s.tensor, never) for s in writers), number
-
-    return [coupling.groups[number].name for number in sorted(range(len(coupling.groups)), key=begins)]

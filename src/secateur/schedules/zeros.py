@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from secateur.core import Criterion, GroupView
-from secateur.criteria import resolve
+from secateur.criteria import reads, resolve
 from secateur.errors import BadRequest
 from secateur.graph import Graph, Inputs, trace, unwrap
 from secateur.pipeline import plan
@@ -129,7 +129,7 @@ class Zeroing:
         gone = places.removed(found)
         if any((before & ~gone[name]).any() for name, before in self._removed.items()):
             # a criterion that does not put zeros last
-            how["criterion"] = _gone_first(resolve(how.get("criterion", "l1")), self._removed)
+            how["criterion"] = _gone_first(how.get("criterion", "l1"), self._removed)
             found = plan(self.graph, **how)
         return self._as_plan(found.keep)
 
@@ -201,13 +201,15 @@ def _width(dense: int, final: int, fraction: float) -> int:
     return max(final, math.floor(dense * (final / dense) ** fraction + 1e-9))
 
 
-def _gone_first(criterion: Criterion, gone: places.Masks) -> Callable[[GroupView], torch.Tensor]:
+def _gone_first(criterion: str | Criterion, gone: places.Masks) -> Callable[[GroupView], torch.Tensor]:
     """``criterion`` with the channels in ``gone`` below all others."""
+    function = resolve(criterion)
 
     def scores(view: GroupView, /) -> torch.Tensor:
-        found = criterion(view).double().clone()
+        found = function(view).double().clone()
         lowest = float(found.min())
         found[torch.from_numpy(gone[view.name])] = lowest - abs(lowest) - 1
         return found
 
+    scores.reads = reads(criterion)  # type: ignore[attr-defined]
     return scores

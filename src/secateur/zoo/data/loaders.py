@@ -5,6 +5,7 @@ Shapes: ``B`` images of this process's part of a batch, ``C H W`` as ``Data.shap
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +60,7 @@ class Loader:
         self._images, self._members = images, members
         self._batches = whole if stop is None else min(whole, stop)
         self.samples = len(members) if self._batches == whole else self._batches * batch
+        self._shared = True
         self._pool: DataLoader[Any] | None = None
         self._reading = False
 
@@ -75,7 +77,8 @@ class Loader:
         """
         if number < 0 or start < 0:
             raise BadRequest(f"epochs and batches are counted from 0: epoch({number}, start={start})")
-        check_batch(self.batch)
+        if self._shared:
+            check_batch(self.batch)
         keys = self._keys(number, start)
         return self._read_ahead(keys) if self.workers else self._read(keys)
 
@@ -83,7 +86,7 @@ class Loader:
         """A loader of only the first so many batches of every epoch."""
         if batches < 1:
             raise BadRequest(f"first({batches}): it must be at least one batch")
-        return Loader(
+        few = Loader(
             self._images,
             self._members,
             batch=self.batch,
@@ -92,6 +95,14 @@ class Loader:
             workers=self.workers,
             stop=min(batches, len(self)),
         )
+        few._shared = self._shared
+        return few
+
+    def whole(self) -> Loader:
+        """The same batches, all of each in every process, for work that the processes share in another way."""
+        alone = copy.copy(self)
+        alone._shared, alone._pool, alone._reading = False, None, False
+        return alone
 
     @property
     def members(self) -> Tensor:
@@ -108,7 +119,7 @@ class Loader:
         if self.training:
             order = order[torch.randperm(len(order), generator=generator(self.seed, "order", number))]
         batches = order.split(self.batch)[start : len(self)] if len(order) else ()
-        parts = [batch[processes.part(len(batch))] for batch in batches]
+        parts = [batch[processes.part(len(batch))] if self._shared else batch for batch in batches]
         return [(number if self.training else None, part) for part in parts if len(part)]
 
     def _read(self, keys: list[Key]) -> Iterator[Batch]:

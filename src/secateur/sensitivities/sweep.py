@@ -1,0 +1,367 @@
+"""The sweep: every group pruned alone, at every ratio, and how well the network does then.
+
+Source: Li et al., "Pruning Filters for Efficient ConvNets" (ICLR 2017), section 3.2: the filters of smallest norm go,
+on held-out data, nothing is retrained (figure 2b), or each network shortly (figure 2c).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from itertools import pairwise
+from numbers import Real
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from secateur.allocation import excluded_groups, highest
+from secateur.calibration import collect
+from secateur.core import Criterion, Evaluate, Group
+from secateur.criteria import check_given, label, reads
+from secateur.errors import BadRequest, CannotPrune, nearest
+from secateur.graph import Graph, Inputs, trace
+from secateur.groups import Coupling, couple
+from secateur.measurement import accuracy
+from secateur.nodes import op_name, shape_of
+from secateur.plans import fingerprint, named_tensors
+from secateur.processes import gathered, is_main, rank, world
+from secateur.recover.randomness import kept_randomness, seed_all
+from secateur.residuals import kept_whole, scored_by_projection
+from secateur.scores import normalise, score
+from secateur.selection import forward_order
+from secateur.sensitivities.curves import GroupCurve, Sensitivity
+from secateur.sensitivities.records import DENSE, Cell, earlier, filled, finish, own_file, write
+from secateur.sensitivities.suffix import Suffixes, plan_for
+from secateur.statistics import check_repeatable
+from secateur.surgery import apply
+from secateur.version import __version__
+
+RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+RESIDUALS = ("coupled", "inner", "projection")
+Progress = Callable[[int, int, str], None]
+Retrain = Callable[[nn.Module], None]
+
+
+@dataclass(frozen=True, eq=False)
+class _Sweep:
+    """What does not change from cell to cell. ``keep[group][i]``: the channels that stay at ratio ``i``."""
+
+    coupling: Coupling
+    networks: Suffixes
+    evaluate: Evaluate
+    retrain: Retrain | None
+    keep: Mapping[str, Sequence[tuple[int, ...]]]
+    ratios: Sequence[float]
+    seed: int
+
+
+def sensitivity(
+    model: nn.Module | Graph,
+    example_inputs: Inputs | None = None,
+    evaluate: Evaluate | Iterable[Any] | None = None,
+    *,
+    criterion: str | Criterion = "l1",
+    ratios: Sequence[float] = RATIOS,
+    groups: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
+    data: Iterable[Any] | None = None,
+    loss: Callable[[Any, torch.Tensor], torch.Tensor] | None = None,
+    residual: Literal["coupled", "inner", "projection"] = "coupled",
+    retrain: Retrain | None = None,
+    path: str | os.PathLike[str] | None = None,
+    max_bytes: int = 2**30,
+    progress: Progress | None = None,
+    seed: int = 0,
+) -> Sensitivity:
+    """How well ``model`` does when one group alone is pruned, for every group and ratio. Nothing of it is changed.
+
+    ``evaluate``: a function from a network in eval mode to a number, higher is better, or batches ``(inputs, targets)``
+    that can be read again and again, for top-1 accuracy. Take data that are held out, and not those of the final test.
+    It is called once for each width of each group, always from the same state of the random generators, without
+    gradients; what it is given computes what ``masked`` would, quickly: only what changes is run, from activations in
+    front of the group that are held for inputs which were seen before (at most ``max_bytes`` of them).
+
+    ``ratios``: fractions removed, rising; a group of ``n`` channels keeps ``floor(n (1 - ratio) + 1e-9)``, at least 1.
+    ``groups``: names or globs, all free groups if empty; ``exclude``: those to leave out. ``criterion``, ``data``,
+    ``loss`` and ``residual`` as for ``plan``. ``retrain``: trains the small network that it is given in place, which is
+    then evaluated as well. ``path``: a JSON file that is written after every evaluation, and from which the same call
+    goes on. ``progress(done, total, text)`` is called in the main process, about its own part.
+
+    Under ``torchrun`` the groups are spread over the processes, and all get the same whole result: ``evaluate`` and
+    ``retrain`` must see all data in every process, and may not wait for the others.
+
+    Raises ``BadRequest`` for arguments out of range and an ``evaluate`` that gives no finite number, ``CannotPrune``
+    for groups that are locked, ``BadArtifact`` for a ``path`` that holds anything but an earlier part of this sweep.
+    """
+    ratios = _checked_ratios(ratios)
+    measure = _as_function(evaluate)
+    _check_request(criterion, data, loss, residual, max_bytes)
+    graph = trace(model, example_inputs)
+    coupling = couple(graph)
+    chosen = _chosen(coupling, groups, exclude, residual)
+    scores = _scores(coupling, chosen, criterion, data=data, loss=loss, residual=residual, seed=seed)
+    keep = {g.name: [highest(scores[g.name], _width(g.channels, ratio)) for ratio in ratios] for g in chosen}
+    settings = {"secateur": __version__, "seed": seed, "residual": residual, "weights": _digest(graph.model)}
+    draft = Sensitivity(
+        fingerprint(graph.model),
+        label(criterion),
+        ratios,
+        dense=math.nan,
+        curves=tuple(_blank(coupling, g, keep[g.name], scores[g.name], retrain is not None) for g in chosen),
+        made_by=settings,
+    )
+    file = None if path is None else Path(path).expanduser()
+    cells = {} if file is None else earlier(file, draft)
+    sweep = _Sweep(coupling, Suffixes(coupling, max_bytes), measure, retrain, keep, ratios, seed)
+    _run(sweep, draft, cells, file, progress if is_main() else None)
+    result = filled(draft, cells)
+    return result if file is None else finish(file, result)
+
+
+# The cells -------------------------------------------------------------------------------------------------------
+
+
+def _run(
+    sweep: _Sweep, draft: Sensitivity, cells: dict[Cell, float], file: Path | None, progress: Progress | None
+) -> None:
+    """Evaluate what is missing in ``cells``, each process its own groups, and share it."""
+    missing = [c for c in draft.curves if any(cell not in cells for cell in _cells_of(c))]
+    missing.sort(key=lambda curve: sweep.networks.start(curve.group))
+    mine = missing[rank() :: world()]
+    todo = [] if DENSE in cells or not is_main() else [DENSE]
+    todo += [cell for curve in mine for cell in _cells_of(curve) if cell not in cells]
+    total, error = len(todo), None
+    try:
+        for done, cell in enumerate(todo):
+            if progress is not None:
+                progress(done, total, _words(sweep, cell))
+            if cell not in cells:
+                value = _evaluate(sweep, cell)
+                cells |= dict.fromkeys(_alike(sweep, cell), value)
+                if file is not None:
+                    write(own_file(file), filled(draft, cells))
+        if progress is not None:
+            progress(total, total, "done")
+    except Exception as failed:
+        error = failed
+    _share(cells, error)
+
+
+def _share(cells: dict[Cell, float], error: Exception | None) -> None:
+    """Give every process all cells. Where one has failed, all do."""
+    everything = gathered((cells, "" if error is None else f"{type(error).__name__}: {error}"))
+    if error is not None:
+        raise error
+    for number, (found, why) in enumerate(everything):
+        if why:
+            raise BadRequest(f"the sweep failed in process {number}: {why}")
+        cells |= found
+
+
+def _cells_of(curve: GroupCurve) -> list[Cell]:
+    kinds = {"scores": curve.scores, "retrained": curve.retrained}
+    return [(curve.group, kind, i) for i in range(len(curve.keep)) for kind, row in kinds.items() if i < len(row)]
+
+
+def _alike(sweep: _Sweep, cell: Cell) -> list[Cell]:
+    """The cells that have the same answer: those of the same width."""
+    group, kind, index = cell
+    if cell == DENSE:
+        return [cell]
+    kept = sweep.keep[group]
+    return [(group, kind, i) for i in range(len(kept)) if kept[i] == kept[index]]
+
+
+def _evaluate(sweep: _Sweep, cell: Cell) -> float:
+    group, kind, index = cell
+    kept = {} if cell == DENSE else {group: sweep.keep[group][index]}
+    device = next((t.device for t in sweep.coupling.graph.tensors.values()), torch.device("cpu"))
+    with kept_randomness(device):
+        if kind == "retrained" and sweep.retrain is not None:
+            network = apply(sweep.coupling.graph, plan_for(sweep.coupling, kept))
+            seed_all(sweep.seed, 0)
+            sweep.retrain(network)
+        else:
+            network = sweep.networks.network(kept)
+        seed_all(sweep.seed, 0)
+        try:
+            with torch.no_grad():
+                value: object = sweep.evaluate(network.eval())
+        except Exception as error:
+            error.add_note(f"while {_words(sweep, cell)} was evaluated")
+            raise
+    return _number(value, _words(sweep, cell))
+
+
+def _words(sweep: _Sweep, cell: Cell) -> str:
+    group, kind, index = cell
+    if cell == DENSE:
+        return "the dense network"
+    return f"{group} without {sweep.ratios[index]:.0%}" + (", retrained" if kind == "retrained" else "")
+
+
+def _number(value: object, where: str) -> float:
+    """``value``, if it is a finite number."""
+    if isinstance(value, torch.Tensor):
+        what, do = f"a tensor of shape {list(value.shape)}", "return a plain number, such as float(value)"
+    elif isinstance(value, bool) or not isinstance(value, Real):
+        what, do = repr(value)[:60], "return a number that is higher for a better network, such as its accuracy"
+    elif not math.isfinite(value):
+        what, do = f"{float(value)}", "return a finite number; a network that computes NaN can be given the worst score"
+    else:
+        return float(value)
+    raise BadRequest(f"evaluate returned {what} for {where}, not a number\n  do: {do}")
+
+
+# The groups ------------------------------------------------------------------------------------------------------
+
+
+def _chosen(
+    coupling: Coupling, groups: str | Sequence[str], exclude: str | Sequence[str], residual: str
+) -> list[Group]:
+    """The groups that are swept, in forward order."""
+    free = {g.name: g for g in coupling.groups}
+    whole = kept_whole(coupling, residual)
+    names: set[str] = set(free) - set(whole)
+    patterns = (groups,) if isinstance(groups, str) else tuple(groups)
+    if patterns:
+        names = {name for pattern in patterns for name in _named(pattern, coupling, whole)}
+    names -= excluded_groups(coupling.groups, exclude, coupling.locked)
+    if not names:
+        raise CannotPrune(
+            "no group is left to analyse: all are locked, left whole by the residual rule, or excluded\n"
+            "  do: exclude less; find_groups lists the groups and why they are locked"
+        )
+    return [free[name] for name in forward_order(coupling) if name in names]
+
+
+def _named(pattern: object, coupling: Coupling, whole: Mapping[str, str]) -> list[str]:
+    """The free groups of that name, or if there is none, that match the glob."""
+    if not isinstance(pattern, str):
+        raise BadRequest(f"groups: {pattern!r} is not a group's name or a glob over group names")
+    reasons = {g.name: "" for g in coupling.groups} | {g.name: g.locked for g in coupling.locked} | dict(whole)
+    found = [pattern] if pattern in reasons else [name for name in reasons if fnmatchcase(name, pattern)]
+    if not found:
+        raise BadRequest(f"groups: no group is called, or matches, {pattern!r}{nearest(pattern, reasons)}")
+    free = [name for name in found if not reasons[name]]
+    if not free:
+        first = found[0]
+        what = "cannot be pruned" if first in whole else "is locked"
+        raise CannotPrune(
+            f"groups: {pattern!r} asks for group {first!r}, which {what}\n  {reasons[first]}\n"
+            "  do: leave it out; find_groups lists the groups that are free"
+        )
+    return free
+
+
+def _scores(
+    coupling: Coupling,
+    chosen: Sequence[Group],
+    criterion: str | Criterion,
+    *,
+    data: Iterable[Any] | None,
+    loss: Callable[[Any, torch.Tensor], torch.Tensor] | None,
+    residual: str,
+    seed: int,
+) -> dict[str, torch.Tensor]:
+    judged = scored_by_projection(coupling) if residual == "projection" else {}
+    shown = [judged.get(g.name, g) for g in chosen]
+    evidence = None
+    if data is not None:
+        evidence = collect(coupling, shown, reads(criterion), data, loss=loss)
+    return score(shown, coupling.graph.tensors, criterion, seed=seed, evidence=evidence)
+
+
+def _width(channels: int, ratio: float) -> int:
+    return max(1, math.floor(channels * (1 - ratio) + 1e-9))
+
+
+def _blank(
+    coupling: Coupling, group: Group, keep: Sequence[Sequence[int]], scores: torch.Tensor, retrained: bool
+) -> GroupCurve:
+    missing = (math.nan,) * len(keep)
+    return GroupCurve(
+        group=group.name,
+        channels=group.channels,
+        stage=_stage(coupling, group),
+        keep=tuple(map(len, keep)),
+        scores=missing,
+        retrained=missing if retrained else (),
+        importance=_importance(scores),
+    )
+
+
+def _importance(scores: torch.Tensor) -> tuple[float, ...]:
+    """Sorted from the largest, over the largest."""
+    values = normalise({"": scores})[""]
+    largest = float(values.max())
+    values = values / largest if largest > 0 else values
+    return tuple(values.sort(descending=True).values.tolist())
+
+
+def _stage(coupling: Coupling, group: Group) -> str:
+    """The size of the maps that the group's first writer makes: the axes behind the channels."""
+    capture = coupling.graph.captures[0]
+    writers = {s.tensor for s in group.slices if s.role == "writes"} or {s.tensor for s in group.slices}
+    for node in capture.graph.nodes:
+        if node.op == "call_function" and op_name(node).startswith(("conv", "linear")):
+            weight = next((n for n in node.all_input_nodes[1:] if n.op == "get_attr"), None)
+            if weight is not None and capture.names.get(str(weight.target)) in writers:
+                shape = shape_of(node) or ()
+                return "x".join(map(str, shape[2:])) if op_name(node).startswith("conv") else "1"
+    return "1"
+
+
+# The request -----------------------------------------------------------------------------------------------------
+
+
+def _checked_ratios(ratios: object) -> tuple[float, ...]:
+    if isinstance(ratios, (str, bytes)) or not isinstance(ratios, Iterable):
+        raise BadRequest(f"ratios: a list of fractions is needed, such as (0.1, 0.5, 0.9), not {ratios!r}")
+    values = tuple(ratios)
+    if not values:
+        raise BadRequest("ratios is empty\n  do: give the fractions to remove, such as (0.1, 0.5, 0.9)")
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < 1:
+            raise BadRequest(
+                f"ratios: {value!r} is not a ratio between 0 and 1\n"
+                "  a ratio is the fraction removed: 0.1 keeps nine tenths, 0.9 keeps a tenth"
+            )
+    if any(a >= b for a, b in pairwise(values)):
+        raise BadRequest(f"ratios: {list(values)} do not rise\n  do: sort them, each once")
+    return tuple(map(float, values))
+
+
+def _check_request(criterion: str | Criterion, data: object, loss: object, residual: str, max_bytes: object) -> None:
+    if residual not in RESIDUALS:
+        raise BadRequest(f"residual={residual!r} is not known{nearest(str(residual), RESIDUALS)}")
+    if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 0:
+        raise BadRequest(f"max_bytes={max_bytes!r} is not a number of bytes, 0 or more")
+    check_given(criterion, data, loss)
+
+
+def _as_function(evaluate: Evaluate | Iterable[Any] | None) -> Evaluate:
+    if evaluate is None:
+        raise BadRequest(
+            "nothing says how well a network does\n"
+            "  do: give evaluate, a function from a network to a number, or batches (inputs, targets)"
+        )
+    if callable(evaluate):
+        return evaluate
+    check_repeatable(evaluate, "a sensitivity analysis")
+    batches: Iterable[Any] = evaluate
+    return lambda network: accuracy(network, batches)
+
+
+def _digest(model: nn.Module) -> str:
+    """A hash of all values, by which another training of the same network is told apart."""
+    found = hashlib.sha256()
+    for tensor in named_tensors(model).values():
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]

@@ -1,0 +1,233 @@
+"""``plan``: what it asks of the data and of the loss, what it leaves unmeasured, and what it writes down."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import secateur as sc
+from bare_loop import X, batches, chain, small
+from secateur.plans import fingerprint
+from secateur.sensitivities import GroupCurve, Sensitivity
+
+DATA = list(batches(0, 2))
+
+
+class Counted:
+    """Batches that count how often they are read."""
+
+    def __init__(self) -> None:
+        self.reads = 0
+
+    def __iter__(self) -> Any:
+        self.reads += 1
+        yield from DATA
+
+
+def naive_maps(net: nn.Module, layer: str) -> Tensor:
+    """What ``layer`` puts out on all of ``DATA``, ``[N, C, H, W]``, by a hook."""
+    found: list[Tensor] = []
+    handle = net.get_submodule(layer).register_forward_hook(lambda m, i, o: found.append(o.detach()))
+    with torch.no_grad():
+        for x, _ in DATA:
+            net.eval()(x)
+    handle.remove()
+    return torch.cat(found).double()
+
+
+def top(scores: Tensor, count: int) -> tuple[int, ...]:
+    return tuple(sorted(scores.argsort(descending=True, stable=True)[:count].tolist()))
+
+
+# Data and loss -----------------------------------------------------------------------------------------------------
+
+
+def test_activations_decide() -> None:
+    net = chain()
+    found = sc.plan(net, X, criterion="mean_mean", ratios=0.5, data=DATA)
+    for name, width in (("a.0", 4), ("b.0", 6), ("c.0", 8)):
+        assert found.keep[name] == top(naive_maps(net, name).mean((0, 2, 3)), width)
+    assert found.keep != sc.plan(net, X, ratios=0.5).keep
+
+
+def test_gradients_decide_and_leave_no_trace() -> None:
+    net = chain().eval()
+    scores = torch.zeros(12, dtype=torch.float64)
+    for x, y in DATA:
+        net.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        weight = net.b[0].weight
+        scores += (weight.grad * weight).detach().double().sum((1, 2, 3)) ** 2 / len(DATA)
+    net.zero_grad(set_to_none=True)
+    found = sc.plan(net, X, criterion="taylor", ratios={"b.0": 0.5}, data=DATA, loss=F.cross_entropy)
+    assert found.keep["b.0"] == top(scores, 6)
+    assert all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize("kind", ["exclude", "ratios", "widths", "residual"])
+def test_what_stays_whole_is_not_measured(kind: str) -> None:
+    seen = []
+
+    def mine(view: sc.GroupView, /) -> Tensor:
+        seen.append(view.name)
+        return view.maps.mean.sum(1)  # type: ignore[union-attr]
+
+    mine.reads = ("maps",)  # type: ignore[attr-defined]
+    net = small()
+    every = {g.name for g in sc.find_groups(net, X) if not g.locked}
+    options: dict[str, dict[str, Any]] = {
+        "exclude": {"ratios": 0.5, "exclude": ["stem*", "grouped*"]},
+        "ratios": {"ratios": {"wide*": 0.5}},
+        "widths": {"budget": sc.Budget(keep=0.7), "ratios": {"stem.0": 4, "grouped.0": 0}},
+        "residual": {"ratios": 0.5, "residual": "inner"},
+    }
+    data = Counted()
+    found = sc.plan(net, X, criterion=mine, data=data, **options[kind])
+    cut = {g.name for g in found.groups if len(found.keep[g.name]) < g.channels}
+    assert cut <= set(seen) < every
+    assert cut == set(seen) or kind == "widths"  # there a budget might have cut more than it did
+    assert data.reads == 1
+
+
+def test_where_nothing_is_cut_no_data_are_read() -> None:
+    data = Counted()
+    found = sc.plan(chain(), X, criterion="apoz", data=data, ratios={"*": 0})
+    assert data.reads == 0
+    assert all(len(found.keep[g.name]) == g.channels for g in found.groups)
+
+
+def mine(view: sc.GroupView, /) -> Tensor:
+    assert view.products is not None
+    return view.products
+
+
+mine.reads = ("products",)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"criterion": "apoz"}, "criterion 'apoz' looks at activations\n  do: give data=, batches to measure them on$"),
+        (
+            {"criterion": "taylor"},
+            "criterion 'taylor' looks at products\n  do: give data=, .*, and loss=, a function of outputs and targets$",
+        ),
+        (
+            {"criterion": "taylor", "data": DATA},
+            "criterion 'taylor' looks at gradients, and nothing says of what\n  do: give loss=.*cross_entropy",
+        ),
+        ({"criterion": mine, "data": DATA}, "criterion 'mine' looks at gradients"),
+        ({"criterion": "taylr"}, "there is no criterion 'taylr'; did you mean 'taylor'"),
+    ],
+    ids=str,
+)
+def test_data_and_loss_that_are_missing(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(sc.BadRequest, match=text):
+        sc.plan(chain(), X, ratios=0.5, **options)
+
+
+def test_a_bad_request_is_said_before_any_data_are_read() -> None:
+    data = Counted()
+    with pytest.raises(sc.BadRequest, match="no group is called"):
+        sc.plan(chain(), X, criterion="apoz", data=data, ratios={"d.0": 0.5})
+    with pytest.raises(sc.BadRequest, match="no group is called"):
+        sc.plan(chain(), X, criterion="apoz", data=data, ratios=0.5, exclude="d.0")
+    assert data.reads == 0
+
+
+# Sensitivity -------------------------------------------------------------------------------------------------------
+
+
+def sensitivity(net: nn.Module, drops: dict[str, tuple[float, float, float]]) -> Sensitivity:
+    """Measured at ratios 0.25, 0.5, 0.75."""
+    channels = {g.name: g.channels for g in sc.find_groups(net, X) if not g.locked}
+    curves = tuple(
+        GroupCurve(
+            name, channels[name], "8x8", tuple(channels[name] * k // 4 for k in (3, 2, 1)), tuple(0.9 - d for d in drop)
+        )
+        for name, drop in drops.items()
+    )
+    return Sensitivity(fingerprint(net), "l1", (0.25, 0.5, 0.75), 0.9, curves, {"seed": 3})
+
+
+def test_a_budget_is_met_where_least_is_lost() -> None:
+    net = chain()
+    steep, flat = (0.3, 0.5, 0.8), (0.0, 0.001, 0.002)
+    budget = sc.Budget(keep=0.55)
+    found = {}
+    for robust in ("a.0", "b.0", "c.0"):
+        drops = {name: flat if name == robust else steep for name in ("a.0", "b.0", "c.0")}
+        plan = found[robust] = sc.plan(net, X, budget=budget, sensitivity=sensitivity(net, drops))
+        assert 0.99 * 0.55 <= sc.count(sc.apply(net, plan), X).macs / sc.count(net, X).macs <= 0.55
+        widths = {g.name: len(plan.keep[g.name]) / g.channels for g in plan.groups}
+        assert min(widths, key=lambda name: widths[name]) == robust
+        assert plan.made_by["sensitivity"] == {"criterion": "l1", "seed": 3}
+    assert len({tuple(map(len, p.keep.values())) for p in found.values()}) == 3
+    again = sc.Plan.from_json(found["a.0"].to_json())
+    assert again == found["a.0"]
+
+
+def test_groups_that_were_not_measured_stay_whole_beside_a_sensitivity() -> None:
+    net = chain()
+    known = sensitivity(net, {"b.0": (0.0, 0.1, 0.2)})
+    plan = sc.plan(net, X, budget=sc.Budget(keep=0.8), sensitivity=known, ratios={"a.0": 6}, greedy=True)
+    assert [len(plan.keep[name]) for name in ("a.0", "c.0")] == [6, 16]
+    assert len(plan.keep["b.0"]) < 12
+    with pytest.raises(sc.Unreachable, match="no group is narrower than the sensitivity analysis has tried it"):
+        sc.plan(net, X, budget=sc.Budget(keep=0.2), sensitivity=known)
+
+
+def test_a_sensitivity_of_another_network_is_refused() -> None:
+    known = sensitivity(chain(), {"b.0": (0.0, 0.1, 0.2)})
+    with pytest.raises(sc.WrongModel, match="the network that the sensitivity was found on"):
+        sc.plan(small(), X, budget=sc.Budget(keep=0.8), sensitivity=known)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"ratios": 0.5}, r"there is none\n  do: give budget=sc.Budget\(keep=0.5\), or ratios=sc.ratios_from"),
+        (
+            {"budget": sc.Budget(keep=0.5), "allocation": "uniform"},
+            "allocation='uniform' and a sensitivity both say .*\n  do: give one of them",
+        ),
+        (
+            {"budget": sc.Budget(keep=0.5), "sensitivity": "curves.json"},
+            r"sensitivity is what sc.sensitivity returned, not str\n  do: read a file with sc.Sensitivity.from_json",
+        ),
+    ],
+    ids=str,
+)
+def test_wrong_uses_of_a_sensitivity(options: dict[str, Any], text: str) -> None:
+    net = chain()
+    known = sensitivity(net, {"b.0": (0.0, 0.1, 0.2)})
+    with pytest.raises(sc.BadRequest, match=text):
+        sc.plan(net, X, **{"sensitivity": known, **options})
+
+
+# What is written down ----------------------------------------------------------------------------------------------
+
+
+def test_a_plan_says_how_it_was_made() -> None:
+    plain = sc.plan(chain(), X, ratios=0.5)
+    assert plain.made_by.keys() == {"secateur", "criterion", "allocation", "prefer", "seed", "ratios"}
+    plan = sc.plan(
+        chain(), X, criterion=mine, ratios={"a*": 0.5}, data=DATA, loss=F.cross_entropy, residual="inner", exclude="c.0"
+    )
+    made = {name: plan.made_by[name] for name in ("criterion", "ratios", "residual", "exclude")}
+    assert made == {"criterion": "mine", "ratios": {"a*": 0.5}, "residual": "inner", "exclude": "c.0"}
+
+
+def test_who_compares_criteria_may_give_all_of_them_the_same() -> None:
+    graph = sc.trace(chain(), X)
+    plain = sc.plan(graph, ratios=0.5)
+
+    class Unread(list[Any]):
+        def __iter__(self) -> Any:
+            raise AssertionError("a criterion that looks at weights only reads no data")
+
+    assert sc.plan(graph, ratios=0.5, data=Unread(DATA), loss=F.cross_entropy).keep == plain.keep
