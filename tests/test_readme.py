@@ -12,6 +12,8 @@ from secateur.recipes import parse_recipe
 from secateur.zoo.torchvision_shim import import_torchvision
 
 ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted(set((ROOT / "docs").glob("*.md")) - {ROOT / "docs" / "how-much-can-i-prune.md"})
+"""All but the one that trains: test_docs_sensitivity runs that."""
 
 
 def blocks(language: str) -> list[str]:
@@ -33,7 +35,7 @@ def test_python_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
 
 @pytest.mark.filterwarnings("ignore:torchvision .* does not fit:UserWarning", "ignore::Warning:pytorch_lightning")
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning", "ignore:.*num_workers:UserWarning")
-@pytest.mark.parametrize("document", sorted((ROOT / "docs").glob("*.md")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.stem)
 def test_documents_run(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The Python of a document runs from its top to its end, as one session."""
     monkeypatch.chdir(tmp_path)

@@ -80,6 +80,17 @@ def change(old: str, new: str) -> str:
         (change("keep: 0.5", "keep: 0.5, at_most: 3"), "line 5: prune.budget: give one of keep"),
         (change("keep: 0.5", "keep: 1.5"), "line 5: prune.budget.keep: a fraction of the dense cost"),
         (change("budget: {keep: 0.5}", "criterion: l3"), "line 5: prune.criterion: there is no criterion 'l3'"),
+        (change("keep: 0.5}", "keep: 0.5}\n  residual: scatter"), "line 6: prune.residual: 'scatter' is none of"),
+        (change("keep: 0.5}", "keep: 0.5}\n  greedy: 1"), "line 6: prune.greedy: should be true or false, not 1"),
+        (change("keep: 0.5}", "keep: 0.5}\n  calibration: 0"), "line 6: prune.calibration: should be greater than or"),
+        (
+            change("keep: 0.5}", "keep: 0.5}\n  sensitivity: {tolerence: 0.1}"),
+            "line 6: prune.sensitivity: unknown key 'tolerence'; did you mean 'tolerance'?",
+        ),
+        (
+            change("keep: 0.5}", "keep: 0.5}\n  sensitivity: {tolerance: 1.0}"),
+            "line 6: prune.sensitivity.tolerance: should be less than 1, not 1",
+        ),
         (change("budget: {keep: 0.5}", "ratios: {a: x}"), "line 5: prune.ratios.a: should be a whole number or"),
         (change("budget: {keep: 0.5}", "ratios: 1.5"), "line 5: prune.ratios: 1.5 is neither a fraction to remove"),
         (GOOD + "export: {onnx: no}\n", "line 8: export.onnx: should be true or false, not 'no'"),
@@ -119,6 +130,12 @@ def test_mistakes(text: str, message: str) -> None:
 
 
 NET = "model: {name: 'zoo:resnet20', weights: random}\ndata: {name: digits}\n"
+SENSITIVE = f"""{NET}prune:
+  budget: {{keep: 0.5}}
+  sensitivity:
+    criterion: l1
+    ratios: [0.5]
+"""
 FOLDER = "model: {name: some/folder}\ndata: {name: digits}\n"
 
 
@@ -140,6 +157,45 @@ FOLDER = "model: {name: some/folder}\ndata: {name: digits}\n"
             "would undo the penalty: write keep: last",
         ),
         (NET + "finetune: {}\ndistil: {features: 1.0}\n", "line 4: distil.features: feature maps are compared on"),
+        (
+            SENSITIVE.replace("ratios: [0.5]", "ratios: []"),
+            "line 7: prune.sensitivity.ratios: fractions to remove, between 0 and 1 and ascending, not []",
+        ),
+        (SENSITIVE.replace("[0.5]", "[0.5, 0.5]"), "line 7: prune.sensitivity.ratios: fractions to remove, between"),
+        (SENSITIVE.replace("[0.5]", "[0.0]"), "line 7: prune.sensitivity.ratios: fractions to remove, between"),
+        (SENSITIVE.replace("[0.5]", "[1.0]"), "line 7: prune.sensitivity.ratios: fractions to remove, between"),
+        (
+            SENSITIVE.replace("l1", "l11"),
+            "line 6: prune.sensitivity.criterion: there is no criterion 'l11'; did you mean 'l1'?",
+        ),
+        (
+            SENSITIVE.replace("digits", "digits, validation: 0"),
+            "line 5: prune.sensitivity: it is measured on validation images, and data.validation holds none out",
+        ),
+        (
+            SENSITIVE.replace("  budget: {keep: 0.5}", "  ratios: 0.5"),
+            "line 4: prune.ratios: one ratio fixes every group, which leaves nothing to find by trying: give one of",
+        ),
+        (
+            SENSITIVE.replace("  budget: {keep: 0.5}", "  ratios: {a: 0.5}"),
+            "line 5: prune.sensitivity: the ratios say all that goes, and nothing is left to find: add a budget, or",
+        ),
+        (
+            SENSITIVE + "  allocation: uniform\n",
+            "line 8: prune.allocation: what is found by trying differs from group to group: leave uniform out",
+        ),
+        (
+            SENSITIVE + "  prefer: module\n",
+            "line 8: prune.prefer: groups are tried as they are coupled, halves of splits one by one: leave module out",
+        ),
+        (
+            SENSITIVE + "    per: stage\n",
+            "line 8: prune.sensitivity.per: one ratio a stage follows from a tolerance, and there is none",
+        ),
+        (
+            SENSITIVE + "    tolerance: 0.01\n",
+            "line 8: prune.sensitivity.tolerance: a tolerance says how much goes, and so does the budget: give one of",
+        ),
         (FOLDER + "train: {}\n", "line 3: train: a saved folder is trained"),
         (FOLDER + "finetune: {}\ndistil: {}\n", "line 4: distil: a saved folder"),
     ],

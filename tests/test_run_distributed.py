@@ -10,12 +10,18 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from secateur.sensitivities import Sensitivity
 from tiny_runs import environment, recipe, write
 
 GROUPED = recipe(
     model={"name": "tiny_runs:grouped"},
     train={"epochs": 1, "lr": 0.05},
-    prune={"schedule": {"kind": "iterative", "steps": 2, "training": {"epochs": 1, "lr": 0.02}}},
+    prune={
+        "criterion": "mean_l2",
+        "calibration": 2,
+        "sensitivity": {"ratios": [0.2, 0.5, 0.8]},
+        "schedule": {"kind": "iterative", "steps": 2, "training": {"epochs": 1, "lr": 0.02}},
+    },
     compensate={"batches": 2},
     finetune={"epochs": 1, "lr": 0.02},
     data={"name": "digits", "batch": 64, "size": 8, "limit": 256, "augment": "none"},
@@ -37,6 +43,9 @@ def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
         assert done.stdout.count("fine-tuned") == 1  # one table: only the main process speaks
         assert done.stderr.count("training dense: ") == 1
     one, two = tmp_path / "1", tmp_path / "2"
+    found = [Sensitivity.from_json((folder / "sensitivity.json").read_text()) for folder in (one, two)]
+    assert found[0].dense == found[1].dense
+    assert [(c.keep, c.scores) for c in found[0].curves] == [(c.keep, c.scores) for c in found[1].curves]
     for name in ("plan.json", "phases/prune-1.plan.json", "phases/prune-2.plan.json"):
         assert (one / name).read_bytes() == (two / name).read_bytes()
     for name in ("dense.safetensors", "pruned/model.safetensors"):

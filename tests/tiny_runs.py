@@ -49,6 +49,43 @@ def shuffled() -> nn.Module:
     )  # fmt: skip
 
 
+def plain() -> nn.Module:
+    """No norms, and so no scales."""
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 12, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(), nn.Linear(48, 10),
+    )  # fmt: skip
+
+
+class Around(nn.Module):
+    """A body with an identity around it."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.body(x)
+
+
+def added() -> nn.Module:
+    """A residual sum."""
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), Around(nn.Conv2d(8, 8, 3, padding=1)),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 10),
+    )  # fmt: skip
+
+
+def unvalidated() -> Any:
+    """Digits, of which none are held out for validation."""
+    from dataclasses import replace
+
+    from secateur.zoo.data import DataSettings, open_data
+
+    data = open_data(DataSettings("digits", batch=64, size=8, validation=0))
+    return replace(data, name="unvalidated")
+
+
 def flat() -> nn.Module:
     """Not class scores."""
     return nn.Conv2d(1, 3, 1)

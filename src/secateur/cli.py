@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 
 import secateur as sc
 from secateur import cli_output as show
-from secateur import cli_training
+from secateur import cli_sensitivity, cli_training
 from secateur.artifact import save
 from secateur.cli_models import (
     Source,
@@ -82,6 +82,14 @@ Options = Annotated[
 Base = Annotated[
     str | None, typer.Option("--model", metavar="MODEL", help="The dense network of a saved folder, if not recorded.")
 ]
+Ratio = Annotated[
+    list[str] | None,
+    typer.Option(metavar="RATIO", help="Fraction to remove, or GLOB=RATIO, or GLOB=WIDTH; repeatable."),
+]
+Found = Annotated[
+    Path | None,
+    typer.Option(metavar="FOLDER", help="What secateur sensitivity found: a budget is met with the least loss."),
+]
 Output = Annotated[Path, typer.Option("-o", "--output", show_default=False, help="Where to write.")]
 
 
@@ -123,7 +131,9 @@ def inspect(
 @app.command(
     epilog="[bold]Examples:[/]\n\n[cyan]secateur plan zoo:resnet56 --keep 0.5 -o plan.json[/]\n\n"
     "[cyan]secateur plan torchvision:resnet50 --weights r50.pth --at-most 2e9 --round-to 8 -o plan.json[/]\n\n"
-    "[cyan]secateur plan zoo:vgg16_cifar --ratio 'features.2*=0.5' --ratio 'features.0=48' -o plan.json[/]"
+    "[cyan]secateur plan zoo:vgg16_cifar --ratio 'features.2*=0.5' --ratio 'features.0=48' -o plan.json[/]\n\n"
+    "[cyan]secateur plan zoo:resnet56 --weights r56.pth --sensitivity found --tolerance 0.01 -o plan.json[/]\n\n"
+    "[cyan]secateur plan zoo:resnet56 --weights r56.pth --criterion taylor --data cifar10 -o plan.json[/]"
 )
 def plan(
     model: Model,
@@ -133,12 +143,17 @@ def plan(
     keep: Annotated[float | None, typer.Option(help="Fraction of the cost to keep; half, if nothing is said.")] = None,
     at_most: Annotated[float | None, typer.Option(help="The cost allowed, in place of --keep.")] = None,
     of: Annotated[str, typer.Option(help="What the cost is: macs, params or channels.")] = "macs",
-    ratio: Annotated[
-        list[str] | None,
-        typer.Option(metavar="RATIO", help="Fraction to remove, or GLOB=RATIO, or GLOB=WIDTH; repeatable."),
-    ] = None,
+    ratio: Ratio = None,
     exclude: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Leave these groups; repeatable.")] = None,
     allocation: Annotated[str, typer.Option(help="How a budget is shared: global or uniform.")] = "global",
+    sensitivity: Found = None,
+    tolerance: Annotated[float | None, typer.Option(help="Ratios at which a group alone loses no more.")] = None,
+    per: Annotated[str | None, typer.Option(help="With a tolerance, a ratio for each group, or stage.")] = None,
+    residual: cli_sensitivity.Residual = "coupled",
+    greedy: Annotated[bool, typer.Option("--greedy", help="Leave removed inputs out of the filters' norms.")] = False,
+    data: Annotated[str | None, typer.Option(help="Training images, for criteria that look at them.")] = None,
+    batches: Annotated[int, typer.Option(help="How many batches of them.")] = cli_sensitivity.CALIBRATION,
+    setting: cli_sensitivity.Setting = None,
     round_to: Annotated[int, typer.Option(help="Kept widths are multiples of this.")] = 1,
     min_channels: Annotated[int, typer.Option(help="Least width of any group.")] = 1,
     shape: Shape = None,
@@ -147,31 +162,27 @@ def plan(
     base: Base = None,
 ) -> None:
     """Decide which channels go, and write the decision as JSON."""
-    ratios = parse_ratios(ratio or ())
-    if keep is None and at_most is None and ratios is None:
-        keep = 0.5
     source = Source(model, weights, parse_shape(shape), seed, parse_options(option or ()), base)
-    subject = _open(source)
-    budget = None
-    if keep is not None or at_most is not None:
-        budget = sc.Budget(keep=keep, at_most=at_most, of=of, min_channels=min_channels, round_to=round_to)  # type: ignore[arg-type]
+    images = None if data is None else cli_sensitivity.open_images(data, setting or (), seed)
+    subject = _open(source) if images is None else cli_sensitivity.opened(source, images)
     graph = _traced(subject)
+    asked = cli_sensitivity.how_much(
+        graph,
+        parse_ratios(ratio or ()),
+        None if keep is None and at_most is None else sc.Budget(keep=keep, at_most=at_most, of=of),  # type: ignore[arg-type]
+        found=sensitivity,
+        tolerance=tolerance,
+        per=per,
+        exclude=tuple(exclude or ()),
+    )
+    if asked["ratios"] is None and asked["budget"] is None:
+        asked["budget"] = sc.Budget(keep=0.5, of=of)  # type: ignore[arg-type]
+    asked |= {"exclude": tuple(exclude or ()), "allocation": allocation, "residual": residual, "greedy": greedy}
+    asked |= {"round_to": round_to, "min_channels": min_channels, "seed": seed}
     with show.working("deciding"):
-        made = sc.plan(
-            graph,
-            criterion=criterion,
-            budget=budget,
-            ratios=ratios,
-            exclude=tuple(exclude or ()),
-            allocation=allocation,  # type: ignore[arg-type]
-        )
+        made = sc.plan(graph, **asked, **cli_sensitivity.evidence(criterion, images, batches))
     _write_text(output, remember_model(made, source).to_json())
-    show.out().print(show.plan_table(made))
-    kept = sum(len(indices) for indices in made.keep.values())
-    total = sum(group.channels for group in made.groups)
-    show.say(f"keeps {kept:,} of {total:,} channels; written to {output}")
-    if not subject.trained:
-        show.err().print("[yellow]note:[/] the weights are random: --weights FILE ranks those of your trained network")
+    _tell_plan(made, subject, output)
 
 
 @app.command(epilog="[bold]Example:[/]  [cyan]secateur apply zoo:resnet56 plan.json --weights r56.pth -o small[/]")
@@ -263,7 +274,17 @@ def export(
     )
 
 
+cli_sensitivity.register(app)
 cli_training.register(app)
+
+
+def _tell_plan(made: sc.Plan, subject: Subject, output: Path) -> None:
+    show.out().print(show.plan_table(made))
+    kept = sum(len(indices) for indices in made.keep.values())
+    total = sum(group.channels for group in made.groups)
+    show.say(f"keeps {kept:,} of {total:,} channels; written to {output}")
+    if not subject.trained:
+        show.err().print("[yellow]note:[/] the weights are random: --weights FILE ranks those of your trained network")
 
 
 def _open(source: Source) -> Subject:

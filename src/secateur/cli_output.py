@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from rich.box import HEAVY_HEAD, SIMPLE_HEAD
@@ -26,6 +27,9 @@ from secateur.core import Group
 from secateur.plans import Plan
 from secateur.report.content import LayerRow, Row
 from secateur.report.page import change, short_bytes, short_count
+from secateur.report.sensitivities import as_percent, score_text
+from secateur.sensitivities import Sensitivity
+from secateur.sensitivities.choice import SLACK, largest_ratio
 
 
 def out() -> Console:
@@ -174,6 +178,29 @@ def plan_table(plan: Plan) -> Table:
     return table
 
 
+def sensitivity_table(found: Sensitivity, tolerance: float, *, retrained: bool = False) -> Table:
+    """The score of each group at every ratio: red where it is more than ``tolerance`` below the dense one's, else
+    green; last, up to which ratio it never was."""
+    narrow = out().width < 110
+    title = "Each group alone, " + ("retrained" if retrained else "not retrained")
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=SIMPLE_HEAD)
+    if narrow:
+        table.padding, table.pad_edge = (0, 1, 0, 0), False
+    table.add_column("group", overflow="fold", min_width=8)
+    for heading in ("maps", *(f"{100 * ratio:g} %" for ratio in found.ratios), "up to"):
+        table.add_column(heading.replace(" %", "") if narrow else heading, justify="right", no_wrap=True)
+    percent = as_percent(found)
+    for curve in found.curves:
+        row = curve.retrained if retrained else curve.scores
+        cells = []
+        for score in row:
+            colour = "red" if found.dense - score > tolerance + SLACK else "green"
+            cells.append(f"[{colour}]{score_text(score, percent=percent)}[/]")
+        largest = largest_ratio(found, replace(curve, scores=row), tolerance)
+        table.add_row(escape(curve.group), curve.stage, *cells, f"{100 * largest:g} %" if largest else "–")
+    return table
+
+
 def key_values(values: Mapping[str, str]) -> Table:
     """Name beside value, without a frame."""
     table = Table.grid(padding=(0, 2))
@@ -221,6 +248,7 @@ __all__ = [
     "plan_table",
     "print_error",
     "say",
+    "sensitivity_table",
     "short_bytes",
     "short_count",
     "working",

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.table import Table
 
 from secateur import cli_output as show
-from secateur.errors import BadRequest, SecateurError
+from secateur.errors import BadRequest, SecateurError, nearest
 
 if TYPE_CHECKING:
     from secateur.recipes import Outcome, Recipe
@@ -29,6 +30,15 @@ Allow = Annotated[
     bool, typer.Option("--allow-import", help="The recipe may name code of its own, package.module:function.")
 ]
 
+Setting = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any key of a recipe, as data.size=32; repeatable."),
+]
+
+PAPER = "paper"
+TOLERANCE = 0.01
+"""A drop of accuracy beyond this is shown in red where the recipe does not say."""
+
 
 def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the run.")] = Path("demo"),
@@ -38,32 +48,49 @@ def demo(
     """Train a ResNet-20 on handwritten digits, prune it to half its MACs, recover, export, and report."""
     from secateur.recipes import demo_recipe
 
-    with _spoken(output) as folder:
+    with spoken(output) as folder:
         _carry_out(demo_recipe(seed), folder, smoke=smoke, allow_import=False, cpu=True)
     show.say(f"the report: {output / 'report.html'}")
 
 
 def run(
-    recipe: Annotated[Path | None, typer.Argument(metavar="RECIPE", show_default=False, help="A YAML file.")] = None,
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="RECIPE", show_default=False, help="A YAML file, or a name of --list.")
+    ] = None,
     output: Folder = None,
+    variant: Annotated[
+        str | None, typer.Option(show_default=False, help="Of a named recipe: paper (if none is given), tuned ...")
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="For a named recipe: weights of the dense network.")
+    ] = None,
+    setting: Setting = None,
     smoke: Smoke = False,
     allow_import: Allow = False,
     cpu: Cpu = False,
+    listed: Annotated[bool, typer.Option("--list", help="Show the named recipes, and do no more.")] = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of recipes, and do no more.")] = False,
 ) -> None:
     """Carry out a recipe: train or load, prune, recover, measure, export, report. Given again, it goes on.
 
-    Without -o the folder is runs/NAME of the recipe's file, with -smoke behind it for a smoke run.
+    Without -o the folder is runs/NAME of the recipe, with -smoke behind it for a smoke run.
     """
-    from secateur.recipes import json_schema, read_recipe
-
     if schema:
+        from secateur.recipes import json_schema
+
         typer.echo(json_schema(), nl=False)
         return
+    if listed:
+        _print_named()
+        return
     if recipe is None:
-        raise BadRequest("which recipe?\n  do: secateur run RECIPE.yaml, or secateur run --schema for what it may say")
-    with _spoken(output or Path("runs") / f"{recipe.stem}{'-smoke' if smoke else ''}") as folder:
-        _carry_out(read_recipe(recipe), folder, smoke=smoke, allow_import=allow_import, cpu=cpu)
+        raise BadRequest(
+            "which recipe?\n  do: secateur run RECIPE.yaml, or secateur run --schema for what it may say, "
+            "or secateur run --list for those with a name"
+        )
+    with spoken(output or Path("runs") / f"{_name_of(recipe, variant)}{'-smoke' if smoke else ''}") as folder:
+        asked = _asked(recipe, variant, weights, setting or ())
+        _carry_out(asked, folder, smoke=smoke, allow_import=allow_import, cpu=cpu)
 
 
 def finetune(
@@ -73,10 +100,7 @@ def finetune(
     epochs: Annotated[int, typer.Option(help="How long.")] = 10,
     lr: Annotated[float, typer.Option(help="The highest learning rate.")] = 0.01,
     batch: Annotated[int, typer.Option(help="Images in a batch, over all processes.")] = 128,
-    setting: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any key of a recipe, as data.size=32; repeatable."),
-    ] = None,
+    setting: Setting = None,
     teacher: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Weights of the dense network, to learn from it too."),
@@ -104,8 +128,8 @@ def finetune(
     if teacher is not None:
         values["distil"] = {"teacher": {"weights": str(teacher)}}
     for text in setting or ():
-        _set(values, text)
-    with _spoken(output) as place:
+        set_value(values, text)
+    with spoken(output) as place:
         _carry_out(make_recipe(values, name="finetune"), place, smoke=smoke, allow_import=allow_import, cpu=cpu)
 
 
@@ -114,6 +138,7 @@ def register(app: typer.Typer) -> None:
     app.command(epilog="[bold]Example:[/]  [cyan]secateur demo[/]")(demo)
     app.command(
         epilog="[bold]Examples:[/]\n\n[cyan]secateur run recipe.yaml --smoke[/]\n\n"
+        "[cyan]secateur run li/resnet56-B --variant tuned --weights resnet56.pth --set data.root=~/data[/]\n\n"
         "[cyan]torchrun --nproc-per-node=2 -m secateur run recipe.yaml -o runs/mine[/]"
     )(run)
     app.command(
@@ -121,18 +146,78 @@ def register(app: typer.Typer) -> None:
     )(finetune)
 
 
+def _asked(recipe: str, variant: str | None, weights: Path | None, setting: Sequence[str]) -> Recipe:
+    """The recipe that the command line means."""
+    from secateur.recipes import make_recipe, read_recipe
+    from secateur.recipes.named import NETWORKS, named_values
+    from secateur.recipes.schema import as_values
+
+    path = Path(recipe)
+    if recipe in NETWORKS:
+        values = named_values(recipe, variant or PAPER, None if weights is None else str(weights))
+    elif path.suffix or path.exists():
+        for option, given, instead in (
+            ("--variant", variant, "write what you want into the file"),
+            ("--weights", weights, f"add --set model.weights={weights} --set train=null"),
+        ):
+            if given is not None:
+                raise BadRequest(f"{option} is for a recipe with a name, and {recipe} is a file\n  do: {instead}")
+        read = read_recipe(path)  # on its own first: a mistake in the file is told with its line
+        if not setting:
+            return read
+        values = as_values(read)
+    else:
+        raise BadRequest(
+            f"{recipe!r} is neither a file nor the name of a recipe{nearest(recipe, NETWORKS)}\n"
+            "  do: secateur run --list shows all names"
+        )
+    for text in setting:
+        set_value(values, text)
+    return make_recipe(values, name=path.name if path.exists() else recipe)
+
+
+def _name_of(recipe: str, variant: str | None) -> str:
+    """What the folder of a run is called: ``li-resnet56-A-tuned``, or the file's name."""
+    from secateur.recipes.named import NETWORKS
+
+    if recipe not in NETWORKS:
+        return Path(recipe).stem
+    return "-".join([*recipe.split("/"), *([variant] if variant not in (None, PAPER) else [])])
+
+
+def _print_named() -> None:
+    from secateur.recipes.named import NETWORKS, VARIANTS
+    from secateur.zoo.papers import ROWS
+
+    printed = {row.id: row for row in ROWS}
+    table = Table(header_style="dim")
+    for heading in ("recipe", "network", "data", "removed", "FLOPs", "params"):
+        table.add_column(
+            heading, justify="right" if heading in ("removed", "FLOPs", "params") else "left", no_wrap=True
+        )
+    for name, network in NETWORKS.items():
+        row = printed[name]
+        ratios = ", ".join(f"{100 * ratio:g}" for ratio in dict.fromkeys(network.ratios.values()))
+        table.add_row(name, network.model, network.data, f"{ratios} %", f"−{row.flops_drop} %", f"−{row.params_drop} %")
+    show.out().print(table)
+    show.say(f"variants: {', '.join(VARIANTS)}")
+
+
 def _carry_out(recipe: Recipe, folder: Path, *, smoke: bool, allow_import: bool, cpu: bool) -> None:
     from secateur.recipes import Tell, run_recipe
 
     tell = Tell(say=lambda text: show.err().print(f"[dim]{show.escape(text)}[/]", soft_wrap=True), phase=_bar)
     outcome = run_recipe(recipe, folder, smoke=smoke, tell=tell, allow_import=allow_import, cpu=cpu)
-    if _is_main():
-        _print_outcome(outcome)
+    if is_main():
+        asked = recipe.prune.sensitivity if recipe.prune is not None else None
+        _print_outcome(outcome, TOLERANCE if asked is None or asked.tolerance is None else asked.tolerance)
 
 
-def _print_outcome(outcome: Outcome) -> None:
+def _print_outcome(outcome: Outcome, tolerance: float) -> None:
     if outcome.again:
         show.say(f"the run in {outcome.folder} was finished before; these are its results")
+    if outcome.sensitivity is not None:
+        show.out().print(show.sensitivity_table(outcome.sensitivity, tolerance))
     show.out().print(show.networks_table(outcome.rows, engine=outcome.engine))
     show.say(f"accuracy on {outcome.test_images} test images; all of it in {outcome.folder}/")
 
@@ -160,7 +245,7 @@ def training_note(facts: Mapping[str, float]) -> str:
     return "  ".join(told)
 
 
-def _set(values: dict[str, Any], text: str) -> None:
+def set_value(values: dict[str, Any], text: str) -> None:
     """``finetune.schedule=one-cycle`` as a value of the recipe, read as YAML reads it."""
     from secateur.recipes.yaml_nodes import parse_yaml
 
@@ -170,27 +255,29 @@ def _set(values: dict[str, Any], text: str) -> None:
         raise BadRequest(f"--set {text!r} is not understood\n  do: write SECTION.KEY=VALUE, as in finetune.clip=1.0")
     place = values
     for section in sections:
-        place = place.setdefault(section, {})
+        if place.get(section) is None:
+            place[section] = {}
+        place = place[section]
         if not isinstance(place, dict):
             raise BadRequest(f"--set {text!r}: {section!r} is no section")
     place[key] = parse_yaml(value).value if value else None
 
 
 @contextmanager
-def _spoken(folder: Path) -> Iterator[Path]:
+def spoken(folder: Path) -> Iterator[Path]:
     """The folder of a run; Ctrl-C ends with status 130 and how to go on. Other processes than the main one keep quiet,
     but for errors that are theirs alone."""
     try:
         yield folder
     except KeyboardInterrupt:
-        if _is_main():
+        if is_main():
             show.err().print(f"interrupted: the same command goes on from here, in {folder}/", soft_wrap=True)
         raise typer.Exit(130) from None
     except SecateurError:
-        if not _is_main():
+        if not is_main():
             time.sleep(5)  # the launcher ends this process meanwhile if the main one has failed too, and told why
         raise
 
 
-def _is_main() -> bool:
+def is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"

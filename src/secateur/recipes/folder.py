@@ -7,6 +7,7 @@
     metrics.jsonl       a JSON value a line, of every phase; tensorboard/ has the same where it is installed
     phases/             what one phase hands to the next, and checkpoints inside of one
     dense.safetensors   the dense network's weights
+    sensitivity.json    what each group's pruning alone costs, where the recipe asks
     plan.json           what was pruned
     pruned/             the network that the run ends with, as ``secateur.load`` opens it
     model.onnx, results.json, report.html

@@ -1,5 +1,6 @@
 """Pruning as phases, by the recipe's schedule. Every cut is one, and so is every training between two of them.
 
+    first, if asked   sensitivity (``trials.py``)
     one-shot          prune, compensate
     iterative         prune-1, compensate-1, train-1, prune-2, compensate-2, train-2, ... prune-n, compensate-n
     layer-by-layer    widths, then the same with a group in place of a step
@@ -14,13 +15,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
+import torch
 from torch import nn
 
 from secateur.core import Budget
-from secateur.graph import trace
+from secateur.criteria import needs_data
+from secateur.graph import Graph, trace
 from secateur.pipeline import plan
 from secateur.plans import Plan
-from secateur.recipes.job import Facts, Job, Phase, Progress, evaluation, on_main
+from secateur.recipes import trials
+from secateur.recipes.job import Facts, Job, Phase, Progress, evaluation, on_device, on_main
 from secateur.recipes.networks import example_of
 from secateur.recipes.schema import Iterative, LayerByLayer, Progressive, Prune, Sparse
 from secateur.recipes.stages import facts_of, keep_plan, keep_stage, note, open_plan, open_stage, train_
@@ -47,6 +51,8 @@ SMOKE_LAYERS = 2
 def pruning_phases(job: Job, prune: Prune, before: str) -> Iterator[Phase]:
     """The phases from the network of phase ``before`` to the pruned one. To be asked for the next one only when the
     last is done: how many there are may depend on it."""
+    if prune.sensitivity is not None:
+        yield Phase(trials.PHASE, "measuring sensitivity", partial(trials.measure, before=before))
     schedule = prune.schedule
     cuts: Sequence[Decide] = [_cut_at_once]
     if isinstance(schedule, Iterative):
@@ -89,28 +95,54 @@ def _rounds(job: Job, before: str, cuts: Sequence[Decide], between: Training | N
 
 
 def pruning_options(job: Job) -> Options:
-    """What the recipe asks of ``plan``."""
+    """What the recipe asks of ``plan``; where widths were found by trying, they are the ratios instead of a budget."""
     prune = job.recipe.prune
     assert prune is not None
-    budget = prune.budget
-    if budget is None and prune.ratios is None:
+    budget, ratios = prune.budget, prune.ratios
+    if trials.PHASE in job.done:
+        budget, ratios = None, job.done[trials.PHASE]["widths"]
+    elif budget is None and ratios is None:
         budget = Budget(keep=0.5)
-    return Options(
-        criterion=prune.criterion,
+    return trials.evidence(job, prune.criterion) | Options(
         budget=budget,
-        ratios=prune.ratios,
+        ratios=ratios,
         exclude=tuple(prune.exclude),
         allocation=prune.allocation,
+        residual=prune.residual,
+        greedy=prune.greedy,
         prefer=prune.prefer,
         seed=job.seed("prune"),
     )
 
 
+def foreseen(job: Job, graph: Graph) -> Plan:
+    """What the recipe would cut of a network as it is now, before anything is trained or measured; of data a batch is
+    looked at. Raises what is wrong with the recipe's names and numbers. All processes must call it."""
+    prune = job.recipe.prune
+    assert prune is not None
+    options = pruning_options(job)
+    if prune.sensitivity is not None:
+        options["budget"], options["ratios"] = None, trials.foreseen_widths(job, graph, prune)
+        if prune.sensitivity.criterion not in (None, prune.criterion):
+            seen = trials.evidence(job, prune.sensitivity.criterion, batches=1)
+            plan(graph, **(seen | Options(ratios=options["ratios"], residual=prune.residual)))
+    if "data" in options:
+        options["data"] = job.data.calibration.first(1)
+    return plan(graph, **options)
+
+
 def _cut(job: Job, progress: Progress, *, name: str, before: str, decide: Decide) -> Facts:
-    """Decided and done by the main process alone; all others read what it wrote."""
+    """Decided and done by the main process alone; all others read what it wrote. Statistics of data are sums over all
+    processes, in which all must take part: then all decide the same, and the main one writes it."""
+    assert job.recipe.prune is not None
+    found = None
+    if needs_data(job.recipe.prune.criterion):
+        with on_device(open_stage(job, before), job.device) as model:
+            found = decide(job, model)
 
     def act() -> Facts:
-        decided, small = decide(job, open_stage(job, before))
+        decided, small = found or decide(job, open_stage(job, before))
+        small.to("cpu")
         keep_plan(job, name, decided)
         keep_stage(job, name, small)
         applied = record(small)
@@ -157,12 +189,14 @@ def _start(job: Job, first: str) -> Start:
 
 
 def _widths(job: Job, progress: Progress, *, before: str) -> Facts:
-    def act() -> dict[str, int]:
-        model = open_stage(job, before)
-        widths = layer_widths(model, example_of(job.origin, model), **pruning_options(job))
-        return dict(list(widths.items())[:SMOKE_LAYERS]) if job.folder.smoke else widths
+    assert job.recipe.prune is not None
 
-    return {"widths": on_main(act)}
+    def act() -> dict[str, int]:
+        with on_device(open_stage(job, before), job.device) as model:
+            return layer_widths(model, example_of(job.origin, model), **pruning_options(job))
+
+    found = act() if needs_data(job.recipe.prune.criterion) else on_main(act)  # as in _cut
+    return {"widths": dict(list(found.items())[:SMOKE_LAYERS]) if job.folder.smoke else found}
 
 
 def _approach(job: Job, progress: Progress, *, name: str, before: str) -> Facts:
@@ -170,7 +204,8 @@ def _approach(job: Job, progress: Progress, *, name: str, before: str) -> Facts:
     assert job.recipe.prune is not None
     schedule = job.recipe.prune.schedule
     model, options = open_stage(job, before), pruning_options(job)
-    example = example_of(job.origin, model)
+    place = job.device if "data" in options else torch.device("cpu")  # where the choice is made
+    example = example_of(job.origin, model.to(place))
     if isinstance(schedule, Progressive):
         zeros = zeroing(model, example, every=schedule.every, grow=schedule.grow, soft=schedule.soft, **options)
         if schedule.at_start:
@@ -181,7 +216,8 @@ def _approach(job: Job, progress: Progress, *, name: str, before: str) -> Facts:
         penalty = growing_penalty(model, example, growth=schedule.penalty, **options)
         hooks, finish = penalty.hooks, penalty.plan
     facts = train_(job, name, model, schedule.training, progress, hooks=(hooks,))
-    decided = finish()
+    with on_device(model, place):
+        decided = finish()
 
     def act() -> None:
         keep_plan(job, name, decided)

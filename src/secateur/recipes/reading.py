@@ -17,7 +17,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from secateur.errors import BadRequest, nearest
-from secateur.recipes.schema import Recipe, Where, as_values, faults, known_keys
+from secateur.recipes.faults import faults
+from secateur.recipes.schema import Recipe, Where, as_values, known_keys
 from secateur.recipes.yaml_nodes import BadYaml, Document, parse_yaml
 
 LARGEST = 2**18

@@ -20,9 +20,11 @@ from secateur.recipes.folder import ENVIRONMENT, RunFolder, write_json, write_wh
 from secateur.recipes.job import Facts, Job, Progress, accuracy_on, on_main
 from secateur.recipes.metrics import read_metrics
 from secateur.recipes.networks import example_of, write_network
-from secateur.recipes.schema import Recipe
+from secateur.recipes.schema import Recipe, Sensitivity
 from secateur.recipes.stages import note, open_stage, stage_path
-from secateur.report import Curve, Report, Row, environment, filter_norms, layer_rows, write_report
+from secateur.recipes.trials import PHASE as TRIALS
+from secateur.recipes.trials import open_curves
+from secateur.report import Curve, Report, Row, environment, filter_norms, first_filters, layer_rows, write_report
 from secateur.surgery import record
 
 RESULTS, ONNX, REPORT, PRUNED, PLAN, MODEL = (
@@ -146,6 +148,8 @@ def page(job: Job, *, dense: str, final: str, name: str) -> Report:
         norms=filter_norms(models[0]),
         final=name,
         curves=curves_of(job),
+        sensitivity=open_curves(job.folder),
+        filters=first_filters(models[0]),
         law=_law(job),
         facts=_facts(job),
         environment=environment(),
@@ -186,6 +190,8 @@ def _facts(job: Job) -> dict[str, str]:
     if recipe.prune is not None:
         facts["criterion"] = recipe.prune.criterion
         facts["schedule"] = recipe.prune.schedule.kind
+        if recipe.prune.sensitivity is not None:
+            facts["widths"] = _how_widths_followed(recipe.prune.sensitivity, job.done)
     for name, done in job.done.items():
         if "kept" in done:
             facts[f"{name}, channels"] = f"{done['kept']} of {done['channels']} kept"
@@ -199,6 +205,17 @@ def _facts(job: Job) -> dict[str, str]:
     if job.folder.smoke:
         facts["smoke run"] = "cut short: its figures mean nothing"
     return facts
+
+
+def _how_widths_followed(asked: Sensitivity, done: Mapping[str, Facts]) -> str:
+    """How the widths were found, for people."""
+    if asked.tolerance is None:
+        way = "the least predicted loss within the budget"
+    else:
+        each = "group" if asked.per == "group" else "stage"
+        way = f"the largest ratio of each {each} at which accuracy falls by {100 * asked.tolerance:g} points at most"
+    facts = done[TRIALS]
+    return f"{way}; {facts['narrower']} of {facts['tried']} groups got narrower"
 
 
 def read_results(folder: RunFolder) -> dict[str, Any]:

@@ -26,7 +26,6 @@ from torch import nn
 
 from secateur.errors import SecateurError, WrongModel
 from secateur.graph import trace
-from secateur.pipeline import plan
 from secateur.processes import from_main, is_main, wait_for_all, world
 from secateur.recipes import folder as folders
 from secateur.recipes.folder import RunFolder
@@ -34,14 +33,16 @@ from secateur.recipes.job import SILENT, Facts, Job, Phase, Tell, derived_seed, 
 from secateur.recipes.metrics import keep_metrics, recorder
 from secateur.recipes.networks import check_fits, check_teacher, example_of, first_network, origin_of
 from secateur.recipes.phases import distillation, open_teacher, phases_of, scratch_settings
-from secateur.recipes.pruning import pruning_options
+from secateur.recipes.pruning import foreseen
 from secateur.recipes.reading import write_recipe
 from secateur.recipes.results import check_extras, read_results
 from secateur.recipes.schema import RANDOM, Iterative, Progressive, Recipe, absolute, is_folder
 from secateur.recipes.stages import newest_step
+from secateur.recipes.trials import open_curves
 from secateur.recover.accelerated import join_processes
 from secateur.recover.settings import Training
 from secateur.report import Row, environment
+from secateur.sensitivities import Sensitivity
 from secateur.surgery import apply
 from secateur.zoo.data import Data, DataSettings, open_data
 
@@ -51,13 +52,14 @@ SMOKE_BATCHES, SMOKE_STEPS = 2, 2
 @dataclass(frozen=True)
 class Outcome:
     """What a run came to. ``rows``: name, params, macs, accuracy on the test images, size, latency_ms of every network,
-    the dense one first. ``engine``: what the latencies were taken in, with the threads. ``again``: it was finished
-    before, and this is what it came to then."""
+    the dense one first. ``engine``: what the latencies were taken in, with the threads. ``sensitivity``: where the
+    widths were found by trying, what was found. ``again``: it was finished before, and this is what it came to then."""
 
     folder: Path
     rows: tuple[Row, ...]
     engine: str = ""
     test_images: int = 0
+    sensitivity: Sensitivity | None = None
     again: bool = False
 
 
@@ -142,7 +144,12 @@ def smoked(recipe: Recipe) -> Recipe:
             update["steps"] = min(schedule.steps, SMOKE_STEPS)
         if isinstance(schedule, Progressive):
             update |= {"every": 1, "grow": min(schedule.grow, 1)}
-        changes["prune"] = recipe.prune.model_copy(update={"schedule": schedule.model_copy(update=update)})
+        few: dict[str, Any] = {"schedule": schedule.model_copy(update=update), "calibration": 1}
+        asked = recipe.prune.sensitivity
+        if asked is not None:
+            ends = tuple(dict.fromkeys((asked.ratios[0], asked.ratios[-1])))
+            few["sensitivity"] = asked.model_copy(update={"ratios": ends, "batches": 1})
+        changes["prune"] = recipe.prune.model_copy(update=few)
     if recipe.compensate is not None:
         changes["compensate"] = recipe.compensate.model_copy(update={"batches": 1})
     return recipe.model_copy(update=changes)
@@ -170,7 +177,7 @@ def _check_start(job: Job) -> None:
     student, settings = model, job.recipe.distil
     if job.recipe.prune is not None:
         graph = trace(model, example_of(job.origin, model))
-        decided = plan(graph, **pruning_options(job))
+        decided = foreseen(job, graph)
         if settings is not None and settings.features:
             student = apply(graph, decided)
     if settings is not None:
@@ -252,6 +259,8 @@ def _carry_out(job: Job, phase: Phase) -> Facts:
 
 def _summary(facts: Facts) -> str:
     told = []
+    if "tried" in facts:
+        told.append(f"{facts['narrower']} of {facts['tried']} groups get narrower")
     if "kept" in facts:
         told.append(f"{facts['kept']} of {facts['channels']} channels stay")
     if facts.get("validation") is not None:
@@ -312,7 +321,7 @@ def _outcome(place: RunFolder) -> Outcome:
     found = read_results(place)
     rows = tuple(Row(**row) for row in found["rows"])
     engine = f"{found['engine']}, {found['threads']} thread{'s' * (found['threads'] > 1)}" if found["engine"] else ""
-    return Outcome(place.path, rows, engine, found["test_images"])
+    return Outcome(place.path, rows, engine, found["test_images"], open_curves(place))
 
 
 def _no_record(phase: str, values: Mapping[str, Any]) -> None:

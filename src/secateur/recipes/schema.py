@@ -2,25 +2,22 @@
 
 Sections that other parts of the library already describe (``Training``, ``DataSettings``, ``Budget``) are those very
 dataclasses. Nothing is converted on the way: text is no number, 1 is no truth value, and an unknown key is an error.
-What no single section can know, such as that distillation needs a fine-tuning to happen in, ``faults`` tells.
+What no single section can know, such as that distillation needs a fine-tuning to happen in, ``faults.py`` tells.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from secateur.core import Budget
-from secateur.criteria import CRITERIA
-from secateur.errors import BadRequest, nearest
-from secateur.recover.settings import Training, check_training
+from secateur.recover.settings import Training
 from secateur.schedules.penalties import Growth
-from secateur.zoo.data.settings import DataSettings, check_settings
+from secateur.zoo.data.settings import DataSettings
 
 Where = tuple[str | int, ...]
 """A place in a recipe: keys and list indices from the top."""
@@ -100,11 +97,32 @@ class Sparse(Section):
 Schedule = Annotated[OneShot | Iterative | LayerByLayer | Progressive | Sparse, Field(discriminator="kind")]
 
 
+class Sensitivity(Section):
+    """How much of each group can go, tried out on the validation images; the widths follow from it, before the first
+    cut."""
+
+    criterion: str | None = None
+    """How the channels that go are chosen while trying; null: by the criterion that prunes."""
+    ratios: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    """The fractions of a group that are removed, ascending."""
+    batches: int | None = Field(default=None, ge=1)
+    """How many batches of validation images each trial is evaluated on; null: all."""
+    tolerance: float | None = Field(default=None, ge=0, lt=1)
+    """Each group loses the largest fraction at which the accuracy never fell by more than this (0.01: one point); null:
+    the budget is met with the least predicted loss."""
+    per: Literal["group", "stage"] = "group"
+    """stage: with a tolerance, one fraction for all groups of the same map size, sensitive ones left whole."""
+    skip: list[str] = []
+    """Names or globs of groups that are tried out, and stay whole whatever comes out."""
+
+
 class Prune(Section):
     """Which channels go, and when."""
 
     criterion: str = "l1"
     """How channels are ranked."""
+    calibration: int = Field(default=16, ge=1)
+    """How many batches of training images are looked at by a criterion that needs data."""
     budget: Budget | None = None
     """What the pruned network may cost; half the MACs, if neither this nor ratios is given."""
     ratios: float | dict[str, int | float] | None = None
@@ -113,6 +131,13 @@ class Prune(Section):
     """Names or globs of groups that stay whole."""
     allocation: Literal["global", "uniform"] = "global"
     """How a budget is shared: by score per cost over the whole network, or the same fraction everywhere."""
+    residual: Literal["coupled", "inner", "projection"] = "coupled"
+    """What meets in a residual sum: pruned together by all that writes it; or whole, so that only the inside of blocks
+    is pruned; or by the norms of the shortcut's projection (ResNet-34-C of Li et al.), whole where there is none."""
+    greedy: bool = False
+    """Rank a layer's filters without the inputs that pruning the layers before has removed already."""
+    sensitivity: Sensitivity | None = None
+    """Where widths are found by trying; null: nowhere."""
     prefer: Literal["channels", "module"] = "channels"
     """module: keep the halves of even splits equal, so that more networks stay plain modules."""
     schedule: Schedule = OneShot()
@@ -192,34 +217,6 @@ def is_folder(name: str) -> bool:
     return ":" not in name
 
 
-def faults(recipe: Recipe) -> Iterator[tuple[Where, str]]:
-    """What is wrong with a recipe whose sections are right each for themselves: where, and what to do."""
-    yield from _faults_of_start(recipe)
-    for where, training in trainings(recipe):
-        yield from _raised(where, training, partial(check_training, training))
-    yield from _raised(("data",), recipe.data, partial(check_settings, recipe.data))
-    if recipe.prune is not None:
-        yield from _faults_of_pruning(recipe.prune)
-    elif recipe.compensate is not None:
-        yield ("compensate",), "there is nothing to make up for: the recipe has no prune section"
-    elif recipe.scratch != "none" and not is_folder(recipe.model.name):
-        yield ("scratch",), "there is no pruned architecture to train from scratch: the recipe has no prune section"
-    if recipe.distil is not None and recipe.finetune is None:
-        yield ("distil",), "distillation happens while fine-tuning: add a finetune section"
-    if recipe.distil is not None and recipe.distil.teacher is None and is_folder(recipe.model.name):
-        yield ("distil",), "a saved folder has no trained dense network to learn from: name a teacher with its weights"
-    if (
-        recipe.distil is not None
-        and recipe.distil.features
-        and recipe.prune is None
-        and not is_folder(recipe.model.name)
-    ):
-        yield (
-            ("distil", "features"),
-            "feature maps are compared on the channels that pruning kept: add a prune section, or leave this out",
-        )
-
-
 def trainings(recipe: Recipe) -> Iterator[tuple[Where, Training]]:
     """Every training section of the recipe and its place."""
     between = None if recipe.prune is None else getattr(recipe.prune.schedule, "training", None)
@@ -230,64 +227,6 @@ def trainings(recipe: Recipe) -> Iterator[tuple[Where, Training]]:
     ):
         if training is not None:
             yield where, training
-
-
-def _raised(where: Where, settings: Training | DataSettings, check: Callable[[], None]) -> Iterator[tuple[Where, str]]:
-    """What a check of the section itself raises, at the key that it names."""
-    try:
-        check()
-    except BadRequest as error:
-        text = str(error).replace("\n  do: ", ": ")
-        named = next((key for key in vars(settings) if f"{key}=" in text), None)
-        yield (*where, named) if named else where, text
-
-
-def _faults_of_start(recipe: Recipe) -> Iterator[tuple[Where, str]]:
-    model = recipe.model
-    if is_folder(model.name):
-        if model.weights is not None:
-            yield ("model", "weights"), "a saved folder has its own weights: leave this out"
-        if recipe.train is not None:
-            yield ("train",), "a saved folder is trained already: call the section finetune"
-        return
-    if model.base is not None:
-        yield ("model", "base"), f"this is for a saved folder, and {model.name!r} is none"
-    if model.weights is None and recipe.train is None:
-        yield (
-            ("model",),
-            "the network would have random weights: give a file as weights, or a train section, or say "
-            f"weights: {RANDOM} if that is what you want",
-        )
-
-
-def _faults_of_pruning(prune: Prune) -> Iterator[tuple[Where, str]]:
-    if prune.criterion not in CRITERIA:
-        yield ("prune", "criterion"), f"there is no criterion {prune.criterion!r}{nearest(prune.criterion, CRITERIA)}"
-    budget = prune.budget
-    if budget is not None and (budget.keep is None) == (budget.at_most is None):
-        yield ("prune", "budget"), "give one of keep (a fraction) and at_most (an absolute cost)"
-    if budget is not None and budget.keep is not None and not 0 < budget.keep <= 1:
-        yield (
-            ("prune", "budget", "keep"),
-            f"a fraction of the dense cost, above 0 and at most 1, not {budget.keep}",
-        )
-    if budget is not None and isinstance(prune.ratios, (int, float)):
-        yield (
-            ("prune", "ratios"),
-            "one ratio fixes every group, which leaves nothing to meet the budget: give one of them",
-        )
-    by_glob = prune.ratios.values() if isinstance(prune.ratios, Mapping) else [prune.ratios or 0.0]
-    for ratio in by_glob:
-        if ratio < 0 or (isinstance(ratio, float) and ratio >= 1):
-            yield ("prune", "ratios"), f"{ratio} is neither a fraction to remove, in [0, 1), nor a width"
-    schedule = prune.schedule
-    if isinstance(schedule, (Progressive, Sparse)) and schedule.training.keep == "best":
-        undone = "zeroing" if isinstance(schedule, Progressive) else "penalty"
-        yield (
-            ("prune", "schedule", "training", "keep"),
-            f"the best epoch is mostly one from before the {undone} was there in full, and its weights would undo the "
-            f"{undone}: write keep: last",
-        )
 
 
 def json_schema() -> str:

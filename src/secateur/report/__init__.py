@@ -1,6 +1,24 @@
 """Telling what was done: one HTML file with tables and plots that opens anywhere, and needs nothing beside it."""
 
-from secateur.report.content import Curve, LayerRow, Report, Row, environment, filter_norms, layer_rows
+from secateur.report.canvas import standalone
+from secateur.report.content import Curve, Filters, LayerRow, Report, Row, environment, filter_norms, layer_rows
+from secateur.report.filters import first_filters
 from secateur.report.page import render, write_report
+from secateur.report.sensitivities import importance_figure, sensitivity_figure
 
-__all__ = ["Curve", "LayerRow", "Report", "Row", "environment", "filter_norms", "layer_rows", "render", "write_report"]
+__all__ = [
+    "Curve",
+    "Filters",
+    "LayerRow",
+    "Report",
+    "Row",
+    "environment",
+    "filter_norms",
+    "first_filters",
+    "importance_figure",
+    "layer_rows",
+    "render",
+    "sensitivity_figure",
+    "standalone",
+    "write_report",
+]

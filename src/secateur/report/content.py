@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from secateur.operations import Layer
+from secateur.sensitivities import Sensitivity
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,26 @@ class Curve:
     accuracy: Sequence[float | None]
 
 
+@dataclass(frozen=True, eq=False)
+class Filters:
+    """The filters of the convolution ``layer`` from the largest L1 norm on: ``images [O, K, L, 3]`` uint8, 127 or 128
+    where a weight is 0; ``norms [O]``; and ``order [O]``, their places in the weight."""
+
+    layer: str
+    images: np.ndarray
+    norms: np.ndarray
+    order: np.ndarray
+
+
 @dataclass(frozen=True)
 class Report:
     """All that one page tells. The first of ``rows`` is the dense network; the row named ``final`` (the last, if none
     is named) is the one it was all for, and is compared with it.
 
     ``norms``: layer -> norms of its filters, sorted from the largest and divided by it (Li et al. 2017, figure 2a).
-    ``curves``: every training of the run, in its order. ``law``, ``facts`` and ``environment`` are shown as they are,
-    name beside value.
+    ``curves``: every training of the run, in its order. ``sensitivity``: how the dense network does when one group
+    alone is pruned (figure 2b). ``filters``: those of its first layer (figure 5). ``law``, ``facts`` and
+    ``environment`` are shown as they are, name beside value.
     """
 
     title: str
@@ -68,6 +81,8 @@ class Report:
     norms: Mapping[str, np.ndarray]
     final: str = ""
     curves: Sequence[Curve] = ()
+    sensitivity: Sensitivity | None = None
+    filters: Filters | None = None
     law: Mapping[str, str] = field(default_factory=dict)
     facts: Mapping[str, str] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)

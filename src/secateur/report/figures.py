@@ -1,40 +1,23 @@
-"""The plots of a report, each an ``<svg>`` element for the page to hold.
-
-Colours are names of the page's own (``var(--kept)``, ``currentColor``), so that a plot follows the reader's light or
-dark theme, and text stays text. Matplotlib knows no such colours: it draws in stand-ins that are replaced afterwards.
-"""
+"""The plots of a report, each an ``<svg>`` element for the page to hold."""
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from secateur.errors import MissingExtra
+from secateur.report.canvas import DENSE, FAINT, INK, KEPT, as_svg, canvas, plain_, stage_colours, stage_text
 from secateur.report.content import Curve, LayerRow, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-INK, FAINT, DENSE, KEPT, ACCENT = "#010203", "#040506", "#070809", "#0a0b0c", "#0d0e0f"
-PAGE_COLOURS = {
-    INK: "currentColor",
-    FAINT: "var(--line)",
-    DENSE: "var(--dense)",
-    KEPT: "var(--kept)",
-    ACCENT: "var(--accent)",
-}
-FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
 
 
 def accuracy_figure(rows: Sequence[Row]) -> str:
     """A bar for each network that has an accuracy, its value written beside it."""
     shown = [row for row in rows if row.accuracy is not None]
-    figure, axes = _canvas(7.3, 0.1 + 0.42 * len(shown))
+    figure, axes = canvas(7.3, 0.1 + 0.42 * len(shown))
     values = [100 * (row.accuracy or 0.0) for row in shown]
     colours = [DENSE, *[KEPT] * (len(shown) - 1)]
     axes.barh(range(len(shown)), values, color=colours[: len(shown)], height=0.62)
@@ -47,12 +30,12 @@ def accuracy_figure(rows: Sequence[Row]) -> str:
     axes.set_xlabel("test accuracy, %")
     axes.grid(axis="x", color=FAINT, linewidth=0.7)
     axes.tick_params(axis="y", length=0)
-    return _svg(figure, "accuracy", "Accuracy of each network")
+    return as_svg(figure, "accuracy", "Accuracy of each network")
 
 
 def widths_figure(layers: Sequence[LayerRow]) -> str:
     """Output channels of every layer in the network's order: the dense width behind, what is kept in front."""
-    figure, axes = _canvas(max(8.3, 0.19 * len(layers)), 2.6)
+    figure, axes = canvas(max(8.3, 0.19 * len(layers)), 2.6)
     places = np.arange(len(layers))
     before = [row.channels[0] for row in layers]
     after = [row.channels[1] for row in layers]
@@ -64,34 +47,64 @@ def widths_figure(layers: Sequence[LayerRow]) -> str:
     axes.grid(axis="y", color=FAINT, linewidth=0.7)
     axes.tick_params(axis="x", length=0)
     axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, labelcolor=INK, borderpad=0)
-    return _svg(figure, "widths", "Channels of each layer, dense and kept")
+    return as_svg(figure, "widths", "Channels of each layer, dense and kept")
 
 
-def norms_figure(norms: Mapping[str, np.ndarray]) -> str:
+def norms_figure(
+    norms: Mapping[str, np.ndarray],
+    stages: Mapping[str, str],
+    *,
+    label: str = "L1 norm",
+    noun: str = "layer",
+    name: str = "norms",
+) -> str:
     """A curve for each layer: its filters' norms from the largest, over the largest (Li et al. 2017, figure 2a).
 
-    The colour is the layer's depth: the first layers are blue, the last ones light green.
+    ``stages``: the size of each layer's maps, which gives the curve its colour. ``label`` and ``noun``: what is
+    drawn, and of what; ``name`` sets the plot apart from others of the page.
     """
-    from matplotlib import colormaps
-
-    figure, axes = _canvas(6.9, 3.2)
-    shades = colormaps["viridis"](np.linspace(0.25, 0.88, max(len(norms), 2)))
-    for (name, values), shade in zip(norms.items(), shades, strict=False):
+    figure, axes = canvas(6.9, 3.2)
+    colours = stage_colours([stages.get(owner, "1") for owner in norms])
+    tips = {}
+    for place, (owner, values) in enumerate(norms.items()):
+        stage = stages.get(owner, "1")
         along = np.linspace(0, 100, len(values)) if len(values) > 1 else np.array([0.0])
-        axes.plot(along, values, color=tuple(shade), linewidth=1.4, label=name)
+        tips[f"line{place}"] = f"{owner}, {stage_text(stage)}"
+        axes.plot(along, values, color=colours[stage], linewidth=1.4, alpha=0.85, gid=f"line{place}")
     axes.set_xlim(0, 100)
     axes.set_ylim(0, 1.03)
-    axes.set_xlabel("filters of the layer, from the largest, %")
-    axes.set_ylabel("L1 norm / largest of the layer")
+    axes.set_xlabel(f"filters of the {noun}, from the largest, %")
+    axes.set_ylabel(f"{label} / largest of the {noun}")
     axes.grid(color=FAINT, linewidth=0.7)
-    handles, labels = axes.get_legend_handles_labels()
-    if len(labels) > 12:
-        chosen = sorted({round(i) for i in np.linspace(0, len(labels) - 1, 10)})
-        handles, labels = [handles[i] for i in chosen], [labels[i] for i in chosen]
-    axes.legend(
-        handles, labels, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, labelcolor=INK
+    stage_legend_(axes, [stages.get(owner, "1") for owner in norms], noun)
+    return as_svg(
+        figure, name, f"Sorted normalised filter norms of each {noun}, coloured by the size of its maps", tips
     )
-    return _svg(figure, "norms", "Sorted normalised filter norms of each layer")
+
+
+def stage_legend_(axes: Axes, stages: Sequence[str], noun: str, worst: Mapping[str, str] | None = None) -> None:
+    """A line of legend for each size of maps, right of the axes: how many layers have it, and its most sensitive one.
+
+    ``worst``: ``{size: name}``, if that is known.
+    """
+    from matplotlib.lines import Line2D
+
+    handles = []
+    for stage, colour in stage_colours(stages).items():
+        count = sum(each == stage for each in stages)
+        text = f"{stage_text(stage)}: {count} {noun}{'s' * (count != 1)}"
+        if worst:
+            text += f"\nmost sensitive: {worst[stage]}"
+        handles.append(Line2D([], [], color=colour, linewidth=2, label=text))
+    axes.legend(
+        handles=handles,
+        frameon=False,
+        loc="center left",
+        bbox_to_anchor=(1.01, 0.5),
+        fontsize=8,
+        labelcolor=INK,
+        labelspacing=1.0,
+    )
 
 
 def curves_figure(curves: Sequence[Curve]) -> str:
@@ -99,9 +112,9 @@ def curves_figure(curves: Sequence[Curve]) -> str:
     from matplotlib import colormaps
     from matplotlib.ticker import MaxNLocator
 
-    figure, left = _canvas(3.4, 2.7)
+    figure, left = canvas(3.4, 2.7)
     right = figure.add_axes((1.24, 0, 1, 1))
-    _plain(right)
+    plain_(right)
     shades = colormaps["viridis"](np.linspace(0.25, 0.88, max(len(curves), 2)))
     for curve, shade in zip(curves, shades, strict=False):
         epochs = np.arange(1, len(curve.loss) + 1)
@@ -119,49 +132,4 @@ def curves_figure(curves: Sequence[Curve]) -> str:
     left.legend(
         frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, fontsize=8, labelcolor=INK, borderpad=0
     )
-    return _svg(figure, "curves", "Loss and accuracy of each training, epoch by epoch")
-
-
-def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure whose axes measure ``width`` by ``height`` inches (96 pixels each), without background or box."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtra("a report needs matplotlib\n  do: pip install 'secateur[report]'") from error
-    figure = Figure(figsize=(width, height), dpi=72)
-    axes = figure.add_axes((0, 0, 1, 1))
-    _plain(axes)
-    return figure, axes
-
-
-def _plain(axes: Axes) -> None:
-    axes.set_axisbelow(True)
-    axes.patch.set_visible(False)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(FAINT)
-    axes.tick_params(colors=INK, labelsize=9)
-    axes.xaxis.label.set_color(INK)
-    axes.yaxis.label.set_color(INK)
-
-
-def _svg(figure: Figure, name: str, title: str) -> str:
-    from matplotlib import rc_context
-
-    out = io.BytesIO()
-    settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": name}
-    with rc_context(settings):
-        figure.savefig(out, format="svg", transparent=True, bbox_inches="tight", pad_inches=0.04)
-    text = out.getvalue().decode()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
-    text = re.sub(r"(font(?:-family)?: [^;\"]*?)'DejaVu Sans'[^;\"]*", rf"\1{FONT}", text)
-    for stand_in, colour in PAGE_COLOURS.items():
-        text = text.replace(stand_in, colour)
-    # ids are unique to a page, not to a plot; references follow them
-    text = re.sub(r'\bid="', f'id="{name}-', text)
-    text = re.sub(r'(url\(|href=")#', rf"\1#{name}-", text)
-    width = re.search(r'width="([\d.]+)pt"', text)
-    style = f' style="width:{float(width[1]) * 4 / 3:.0f}px"' if width else ""
-    opening = rf'<svg role="img" aria-label="{title}"{style} \1>'
-    return re.sub(r"<svg ([^>]*?)>", opening, text, count=1, flags=re.DOTALL)
+    return as_svg(figure, "curves", "Loss and accuracy of each training, epoch by epoch")

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from secateur.errors import BadArtifact, MissingExtra
+from secateur.report.canvas import stage_text
 from secateur.report.content import Report, Row
 from secateur.report.figures import accuracy_figure, curves_figure, norms_figure, widths_figure
+from secateur.report.filters import filters_list
+from secateur.report.sensitivities import as_percent, importance_figure, score_text, sensitivity_figure
+from secateur.sensitivities import GroupCurve, Sensitivity
 
 
 def write_report(path: str | Path, report: Report) -> Path:
@@ -43,40 +48,75 @@ def render(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    engine.filters |= {"count": short_count, "bytes": short_bytes}
-    figures = [
-        ("Accuracy", "Of the same test images, none of which was seen in training.", accuracy_figure(report.rows))
-        if any(row.accuracy is not None for row in report.rows)
-        else None,
-        (
-            "Training",
-            "Every training of the run: the loss it was trained on, and the accuracy on images held out for choosing.",
-            curves_figure(report.curves),
-        )
-        if report.curves
-        else None,
-        ("Width of every layer", "Output channels in the network's order.", widths_figure(report.layers))
-        if report.layers
-        else None,
-        (
-            "Norms of the filters",
-            "Each layer's L1 norms from the largest, over the largest, in the dense network. A steep curve has many "
-            "filters to spare, a flat one few (Li et al. 2017, figure 2a).",
-            norms_figure(report.norms),
-        )
-        if report.norms
-        else None,
-    ]
+    engine.filters |= {"count": short_count, "bytes": short_bytes, "stage": stage_text}
+    found = report.sensitivity
+    percent = found is not None and as_percent(found)
     page = engine.get_template("page.html.j2")
     final = next((row for row in report.rows if row.name == report.final), report.rows[-1])
     return page.render(
         report=report,
         final=final,
         cards=cards(report.rows[0], final),
-        figures=[figure for figure in figures if figure],
+        figures=list(_figures(report)),
+        heat=[] if found is None else heat_rows(found),
+        percent=percent,
+        dense_score="" if found is None else score_text(found.dense, percent=percent),
         total_macs=sum(row.macs[0] for row in report.layers),
         total_params=sum(row.params[0] for row in report.layers),
     )
+
+
+def _figures(report: Report) -> Iterator[tuple[str, str, str]]:
+    """Heading, text and element of every picture that the report has something for."""
+    if any(row.accuracy is not None for row in report.rows):
+        yield "Accuracy", "Of the same test images, none of which was seen in training.", accuracy_figure(report.rows)
+    if report.curves:
+        text = (
+            "Every training of the run: the loss it was trained on, and the accuracy on images held out for choosing."
+        )
+        yield "Training", text, curves_figure(report.curves)
+    if report.layers:
+        yield "Width of every layer", "Output channels in the network's order.", widths_figure(report.layers)
+    if report.norms:
+        text = (
+            "Each layer's L1 norms from the largest, over the largest, in the dense network. A steep curve has many "
+            "filters to spare, a flat one few (Li et al. 2017, figure 2a)."
+        )
+        stages = {row.name: row.map_size for row in report.layers}
+        yield "Norms of the filters", text, norms_figure(report.norms, stages)
+    found = report.sensitivity
+    if found is not None and not (found.criterion == "l1" and report.norms):
+        text = f"Each group's scores under the criterion {found.criterion}, from the largest, over the largest."
+        yield "Scores of the groups", text, importance_figure(found)
+    if found is not None:
+        text = (
+            "Each group pruned alone, at every ratio, and how well the network does then on images held out for "
+            "choosing (Li et al. 2017, figure 2b). What falls early is sensitive, and wants a small ratio or none."
+        )
+        yield "Sensitivity", text, sensitivity_figure(found)
+    if report.filters is not None:
+        layer = report.filters.layer or "the only layer"
+        text = (
+            f"Those of {layer} in the dense network from the largest L1 norm to the smallest, which stands below each. "
+            "All share one scale, middle grey is 0 (Li et al. 2017, figure 5)."
+        )
+        yield "Filters of the first layer", text, filters_list(report.filters)
+
+
+def heat_rows(found: Sensitivity) -> list[tuple[GroupCurve, list[tuple[str, float]]]]:
+    """Each group with ``(score, share of the dense score that is lost)`` at every ratio, the share in per cent."""
+    percent = as_percent(found)
+    span = found.dense - min(score for curve in found.curves for score in (found.dense, *curve.scores))
+    return [
+        (
+            curve,
+            [
+                (score_text(score, percent=percent), 100 * max(0.0, found.dense - score) / (span or 1.0))
+                for score in curve.scores
+            ],
+        )
+        for curve in found.curves
+    ]
 
 
 def cards(dense: Row, final: Row) -> list[tuple[str, str, str]]:

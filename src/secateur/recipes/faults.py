@@ -1,0 +1,137 @@
+"""What contradicts itself in a recipe whose sections are right each for themselves: where, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from itertools import pairwise
+
+from secateur.criteria import CRITERIA
+from secateur.errors import BadRequest, nearest
+from secateur.recipes.schema import (
+    RANDOM,
+    Progressive,
+    Prune,
+    Recipe,
+    Sensitivity,
+    Sparse,
+    Where,
+    is_folder,
+    trainings,
+)
+from secateur.recover.settings import Training, check_training
+from secateur.zoo.data.settings import DataSettings, check_settings
+
+
+def faults(recipe: Recipe) -> Iterator[tuple[Where, str]]:
+    """What is wrong with ``recipe``, one fault after the other: its place, and the text for it."""
+    yield from _faults_of_start(recipe)
+    for where, training in trainings(recipe):
+        yield from _raised(where, training, partial(check_training, training))
+    yield from _raised(("data",), recipe.data, partial(check_settings, recipe.data))
+    if recipe.prune is not None:
+        yield from _faults_of_pruning(recipe.prune)
+        if recipe.prune.sensitivity is not None:
+            yield from _faults_of_sensitivity(recipe.prune, recipe.prune.sensitivity, recipe.data)
+    elif recipe.compensate is not None:
+        yield ("compensate",), "there is nothing to make up for: the recipe has no prune section"
+    elif recipe.scratch != "none" and not is_folder(recipe.model.name):
+        yield ("scratch",), "there is no pruned architecture to train from scratch: the recipe has no prune section"
+    if recipe.distil is not None and recipe.finetune is None:
+        yield ("distil",), "distillation happens while fine-tuning: add a finetune section"
+    if recipe.distil is not None and recipe.distil.teacher is None and is_folder(recipe.model.name):
+        yield ("distil",), "a saved folder has no trained dense network to learn from: name a teacher with its weights"
+    if (
+        recipe.distil is not None
+        and recipe.distil.features
+        and recipe.prune is None
+        and not is_folder(recipe.model.name)
+    ):
+        yield (
+            ("distil", "features"),
+            "feature maps are compared on the channels that pruning kept: add a prune section, or leave this out",
+        )
+
+
+def _raised(where: Where, settings: Training | DataSettings, check: Callable[[], None]) -> Iterator[tuple[Where, str]]:
+    """What a check of the section itself raises, at the key that it names."""
+    try:
+        check()
+    except BadRequest as error:
+        text = str(error).replace("\n  do: ", ": ")
+        named = next((key for key in vars(settings) if f"{key}=" in text), None)
+        yield (*where, named) if named else where, text
+
+
+def _faults_of_start(recipe: Recipe) -> Iterator[tuple[Where, str]]:
+    model = recipe.model
+    if is_folder(model.name):
+        if model.weights is not None:
+            yield ("model", "weights"), "a saved folder has its own weights: leave this out"
+        if recipe.train is not None:
+            yield ("train",), "a saved folder is trained already: call the section finetune"
+        return
+    if model.base is not None:
+        yield ("model", "base"), f"this is for a saved folder, and {model.name!r} is none"
+    if model.weights is None and recipe.train is None:
+        yield (
+            ("model",),
+            "the network would have random weights: give a file as weights, or a train section, or say "
+            f"weights: {RANDOM} if that is what you want",
+        )
+
+
+def _faults_of_pruning(prune: Prune) -> Iterator[tuple[Where, str]]:
+    if prune.criterion not in CRITERIA:
+        yield ("prune", "criterion"), f"there is no criterion {prune.criterion!r}{nearest(prune.criterion, CRITERIA)}"
+    budget = prune.budget
+    if budget is not None and (budget.keep is None) == (budget.at_most is None):
+        yield ("prune", "budget"), "give one of keep (a fraction) and at_most (an absolute cost)"
+    if budget is not None and budget.keep is not None and not 0 < budget.keep <= 1:
+        yield (
+            ("prune", "budget", "keep"),
+            f"a fraction of the dense cost, above 0 and at most 1, not {budget.keep}",
+        )
+    if budget is not None and isinstance(prune.ratios, (int, float)):
+        yield (
+            ("prune", "ratios"),
+            "one ratio fixes every group, which leaves nothing to meet the budget: give one of them",
+        )
+    by_glob = prune.ratios.values() if isinstance(prune.ratios, Mapping) else [prune.ratios or 0.0]
+    for ratio in by_glob:
+        if ratio < 0 or (isinstance(ratio, float) and ratio >= 1):
+            yield ("prune", "ratios"), f"{ratio} is neither a fraction to remove, in [0, 1), nor a width"
+    schedule = prune.schedule
+    if isinstance(schedule, (Progressive, Sparse)) and schedule.training.keep == "best":
+        undone = "zeroing" if isinstance(schedule, Progressive) else "penalty"
+        yield (
+            ("prune", "schedule", "training", "keep"),
+            f"the best epoch is mostly one from before the {undone} was there in full, and its weights would undo the "
+            f"{undone}: write keep: last",
+        )
+
+
+def _faults_of_sensitivity(prune: Prune, asked: Sensitivity, data: DataSettings) -> Iterator[tuple[Where, str]]:
+    place = ("prune", "sensitivity")
+    criterion, ratios = asked.criterion, asked.ratios
+    if criterion is not None and criterion not in CRITERIA:
+        yield (*place, "criterion"), f"there is no criterion {criterion!r}{nearest(criterion, CRITERIA)}"
+    if not ratios or not all(0 < ratio < 1 for ratio in ratios) or any(a >= b for a, b in pairwise(ratios)):
+        yield (*place, "ratios"), f"fractions to remove, between 0 and 1 and ascending, not {list(ratios)}"
+    if not data.validation:
+        yield place, "it is measured on validation images, and data.validation holds none out"
+    if isinstance(prune.ratios, (int, float)):
+        yield (
+            ("prune", "ratios"),
+            "one ratio fixes every group, which leaves nothing to find by trying: give one of them",
+        )
+    if prune.ratios is not None and prune.budget is None and asked.tolerance is None:
+        yield place, "the ratios say all that goes, and nothing is left to find: add a budget, or a tolerance"
+    if prune.allocation == "uniform":
+        yield ("prune", "allocation"), "what is found by trying differs from group to group: leave uniform out"
+    if prune.prefer == "module":
+        yield ("prune", "prefer"), "groups are tried as they are coupled, halves of splits one by one: leave module out"
+    if asked.tolerance is None and asked.per == "stage":
+        yield (*place, "per"), "one ratio a stage follows from a tolerance, and there is none"
+    if asked.tolerance is not None and prune.budget is not None:
+        yield (*place, "tolerance"), "a tolerance says how much goes, and so does the budget: give one of them"

@@ -1,0 +1,320 @@
+"""The papers' networks by name: widths, parameters and FLOPs to the integer, and what each variant trains."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import secateur as sc
+from made_data import cifar_files, write_files, write_folder
+from secateur.cli import app
+from secateur.errors import BadRequest
+from secateur.recipes import named_recipe, parse_recipe, write_recipe
+from secateur.recipes.named import NETWORKS, VARIANTS, first_of_block, named_values
+from secateur.recipes.schema import Iterative, Sensitivity
+from secateur.zoo import MODELS
+from secateur.zoo.papers import ROWS
+
+GOLDEN: Mapping[str, Mapping[str, Any]] = json.loads((Path(__file__).parent / "golden" / "li.json").read_text())
+ROW = {row.id: row for row in ROWS}
+
+
+@cache
+def graph_of(model: str) -> sc.Graph:
+    torch.manual_seed(0)
+    network = MODELS[model]().eval()
+    return sc.trace(network, torch.zeros(1, *network.input_size))
+
+
+def planned(name: str, variant: str = "paper") -> sc.Plan:
+    prune = named_recipe(name, variant).prune
+    assert prune is not None
+    return sc.plan(
+        graph_of(NETWORKS[name].model),
+        criterion=prune.criterion,
+        ratios=prune.ratios,
+        exclude=prune.exclude,
+        residual=prune.residual,
+    )
+
+
+def cut(name: str) -> nn.Module:
+    return sc.apply(graph_of(NETWORKS[name].model), planned(name), check=False)
+
+
+CIFAR = [name for name in NETWORKS if NETWORKS[name].data == "cifar10" and "110" not in name]
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS if name not in CIFAR]
+
+
+@pytest.mark.parametrize("name", [*CIFAR, *OTHERS])
+def test_parameters_and_flops_to_the_integer(name: str) -> None:
+    golden, dense = GOLDEN[name], graph_of(NETWORKS[name].model)
+    counted = sc.count(cut(name), torch.zeros(1, *dense.model.input_size), convention="li")
+    assert (counted.flops, counted.params) == (golden["flops"], golden["params"])
+    before = sc.count(dense, convention="li")
+    row = ROW[name]
+    assert abs(100 * (1 - counted.flops / before.flops) - float(row.flops_drop)) < 0.1
+    assert abs(100 * (1 - counted.params / before.params) - float(row.params_drop)) < 0.1
+
+
+def expected_widths(name: str) -> dict[str, int]:
+    """The groups that get narrower, and how wide they are then; from the golden file, which is the paper's list."""
+    golden, groups = GOLDEN[name], {g.name: g.channels for g in sc.find_groups(graph_of(NETWORKS[name].model))}
+    if "stream" in golden:
+        return dict(golden["stream"])
+    if "convolutions" in golden:
+        widths = dict(
+            zip(
+                [g for g in groups if g.startswith("features") and "input" not in g],
+                golden["convolutions"],
+                strict=True,
+            )
+        )
+    else:
+        inner = [g for g in groups if g.endswith("conv1") and g != "conv1" and g not in golden["whole"]]
+        widths = {g: golden["inner"][int(g.removeprefix("layer").partition(".")[0]) - 1] for g in inner}
+    return {g: width for g, width in widths.items() if width < groups[g]}
+
+
+@pytest.mark.parametrize("name", [*CIFAR, "li/resnet34-C", *OTHERS[:-1]])
+def test_widths(name: str) -> None:
+    found = planned(name)
+    channels = {group.name: group.channels for group in found.groups}
+    narrower = {group: len(kept) for group, kept in found.keep.items() if len(kept) < channels[group]}
+    assert narrower == expected_widths(name)
+    assert found.made_by.get("residual", "coupled") == NETWORKS[name].residual
+
+
+def test_kept_filters_are_those_of_the_largest_norms() -> None:
+    model = graph_of("resnet56").model
+    kept = planned("li/resnet56-B").keep
+    for name in ("layer1.0.conv1", "layer2.3.conv1", "layer3.4.conv1"):
+        assert kept[name] == largest_norms(model, f"{name}.weight", len(kept[name]))
+
+
+def test_the_projection_decides_for_the_whole_third_stage_of_resnet34_c() -> None:
+    model = graph_of("resnet34").model
+    kept = planned("li/resnet34-C").keep["layer3.0.conv2"]
+    assert kept == largest_norms(model, "layer3.0.downsample.0.weight", 204)
+    assert kept != largest_norms(model, "layer3.0.conv2.weight", 204)
+
+
+def largest_norms(model: nn.Module, name: str, count: int) -> tuple[int, ...]:
+    """The paper's rule as a loop: sum up each filter, and take the smallest out one by one."""
+    sums = {}
+    for number, weights in enumerate(model.state_dict()[name].double()):
+        sums[number] = sum(abs(value) for value in weights.flatten().tolist())
+    while len(sums) > count:
+        del sums[min(sums, key=lambda number: sums[number])]
+    return tuple(sorted(sums))
+
+
+def test_names_are_rows_of_the_paper() -> None:
+    pruned = [row.id for row in ROWS if row.convention == "li" and row.of]
+    assert list(NETWORKS) == pruned == list(GOLDEN)
+    assert all(ROW[name].of == network.model for name, network in NETWORKS.items())
+
+
+# Variants --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_is_a_whole_recipe(name: str, variant: str) -> None:
+    recipe = named_recipe(name, variant)
+    assert parse_recipe(write_recipe(recipe)) == recipe
+    assert recipe.prune is not None
+    assert recipe.prune.ratios == NETWORKS[name].ratios
+    assert recipe.finetune is not None
+    assert recipe.finetune.keep == "last"  # nothing is chosen by the test images
+    if variant == "scratch":
+        assert (recipe.model.weights, recipe.train) == ("random", None)
+        assert recipe.finetune == named_recipe(name).train
+    else:
+        given = named_recipe(name, variant, weights="w.pth")
+        assert (given.model.weights, given.train) == ("w.pth", None)
+        assert given.model_copy(update={"model": recipe.model, "train": recipe.train}) == recipe
+
+
+@pytest.mark.parametrize(("name", "epochs", "dense"), [("li/vgg16-A", 40, 160), ("li/resnet34-B", 20, 80)])
+def test_the_papers_retraining(name: str, epochs: int, dense: int) -> None:
+    """Constant 0.001, a quarter of the dense network's epochs."""
+    recipe = named_recipe(name)
+    assert recipe.finetune is not None
+    assert recipe.train is not None
+    assert (recipe.finetune.epochs, recipe.finetune.lr, recipe.finetune.schedule) == (epochs, 0.001, "constant")
+    assert (recipe.train.epochs, recipe.train.lr, recipe.train.schedule) == (dense, 0.1, "step")
+    assert recipe.compensate is None
+    iterative = named_recipe(name, "iterative")
+    assert iterative.prune is not None
+    assert iterative.finetune is not None
+    assert isinstance(iterative.prune.schedule, Iterative)
+    assert iterative.prune.schedule.training == iterative.finetune
+    assert iterative.prune.schedule.steps * iterative.finetune.epochs == epochs
+
+
+def test_ablations_change_nothing_but_the_criterion() -> None:
+    for criterion in ("random", "largest"):
+        values = named_values("li/resnet56-A", criterion)
+        assert values["prune"].pop("criterion") == criterion
+        paper = named_values("li/resnet56-A")
+        assert paper["prune"].pop("criterion") == "l1"
+        assert values == paper
+
+
+def test_values_can_be_changed_without_changing_the_table() -> None:
+    values = named_values("li/resnet56-A", "tuned")
+    values["finetune"]["epochs"] = values["prune"]["ratios"]["layer*.conv1"] = 1
+    values["data"]["batch"] = values["prune"]["exclude"].pop()
+    assert named_values("li/resnet56-A", "tuned") != values
+    assert named_values("li/resnet56-A", "tuned")["finetune"]["epochs"] == 160
+
+
+@pytest.mark.slow
+def test_the_iterative_variant_ends_as_wide_as_the_others() -> None:
+    model = MODELS["resnet56"]().eval()
+    example, prune = torch.zeros(1, 3, 32, 32), named_recipe("li/resnet56-B", "iterative").prune
+    assert prune is not None
+    options: Any = {"ratios": prune.ratios, "exclude": prune.exclude, "residual": prune.residual}
+    start = sc.schedules.starting_point(model, example, **options)
+    for step in range(5):
+        _, model = sc.schedules.iterative_step(model, example, start=start, step=step, steps=5, **options)
+    counted = sc.count(model, example, convention="li")
+    assert (counted.flops, counted.params) == (90_907_264, 732_016)
+
+
+# Errors ----------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_names_and_variants() -> None:
+    with pytest.raises(BadRequest, match=r"there is no recipe called 'li/resnet56-C'; did you mean 'li/resnet56-B'\?"):
+        named_recipe("li/resnet56-C")
+    with pytest.raises(BadRequest, match=r"li/vgg16-A has no variant 'tune'; did you mean 'tuned'\?"):
+        named_recipe("li/vgg16-A", "tune")
+    with pytest.raises(BadRequest, match=r"starts from random weights, and cannot from those in w\.pth\n  do: leave"):
+        named_recipe("li/vgg16-A", "scratch", weights="w.pth")
+    for layer in (1, 3, 19, 56):
+        with pytest.raises(BadRequest, match=f"layer {layer} begins no block"):
+            first_of_block(layer, (9, 9, 9))
+
+
+def command(*arguments: object, code: int = 0) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200", "TERM": "dumb"})
+    assert result.exit_code == code, result.output + repr(result.exception)
+    return result.output
+
+
+def test_the_list() -> None:
+    text = command("run", "--list")
+    for name, network in NETWORKS.items():
+        (line,) = [line for line in text.splitlines() if f" {name} " in line]
+        assert network.model in line
+        assert f"−{ROW[name].flops_drop} %" in line
+    assert "variants: paper, tuned, iterative, scratch, random, largest" in text
+
+
+def test_mistakes_on_the_command_line(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text("model: {name: 'zoo:resnet20', weights: random}\ndata: {name: digits}\n")
+    for line, message in (
+        (
+            ("li/resnet56-C",),
+            "neither a file nor the name of a recipe; did you mean 'li/resnet56-B'?\n  do: secateur run",
+        ),
+        (("li/resnet56-A", "--variant", "best"), "li/resnet56-A has no variant 'best'; did you mean 'largest'?"),
+        (("li/resnet56-A", "--set", "finetune.epoch=2"), "li/resnet56-A: finetune: unknown key 'epoch'; did you mean"),
+        (("li/resnet56-A", "--set", "finetune"), "--set 'finetune' is not understood\n  do: write SECTION.KEY=VALUE"),
+        (("li/resnet56-A", "--set", "model.name.x=1"), "--set 'model.name.x=1': 'name' is no section"),
+        ((path, "--variant", "tuned"), "--variant is for a recipe with a name, and"),
+        ((path, "--weights", "w.pth"), "do: add --set model.weights=w.pth --set train=null"),
+        ((path, "--set", "finetune.epochs=0"), "own.yaml: finetune.epochs: cannot train with epochs=0"),
+        ((tmp_path / "other.yaml",), "other.yaml cannot be read: No such file"),
+    ):
+        assert message in command("run", *line, "-o", tmp_path / "out", code=2)
+        assert not (tmp_path / "out").exists()
+
+
+# Runs ------------------------------------------------------------------------------------------------------------
+
+
+def smoke(tmp_path: Path, *line: str) -> tuple[list[dict[str, Any]], dict[str, Any], Path]:
+    """The named recipe cut short, without what only takes time: its rows, its phases' facts and its folder."""
+    quick = ["measure.latency=false", "export={onnx: false, report: false}", "data.batch=4", f"data.root={tmp_path}"]
+    folder = tmp_path / "run"
+    command("run", *line, "--smoke", "--cpu", *(part for text in quick for part in ("--set", text)), "-o", folder)
+    rows = json.loads((folder / "results.json").read_text())["rows"]
+    return rows, {e["phase"]: e["facts"] for e in json.loads((folder / "run.json").read_text())["done"]}, folder
+
+
+def made_cifar(root: Path) -> None:
+    folder, files, _ = cifar_files(classes=10, version="binary", each=4)
+    write_files(root / folder, files)
+
+
+def pruned_of(folder: Path, model: str) -> tuple[float, float]:
+    counted = sc.count(sc.load(folder / "pruned", MODELS[model]()), torch.zeros(1, 3, 32, 32), convention="li")
+    return counted.flops, counted.params
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("li/vgg16-A", (206_279_680, 5_390_176)),
+        pytest.param("li/resnet56-B", (90_907_264, 732_016), marks=pytest.mark.slow),
+    ],
+)
+def test_smoke_on_files_of_cifar(name: str, size: tuple[int, int], tmp_path: Path) -> None:
+    made_cifar(tmp_path)
+    rows, facts, folder = smoke(tmp_path, name)
+    assert [row["name"] for row in rows] == ["dense", "pruned", "fine-tuned"]
+    assert list(facts) == ["dense", "prune", "finetune", "measure", "save"]
+    assert pruned_of(folder, NETWORKS[name].model) == size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant != "paper"])
+def test_every_variant_on_files_of_cifar(variant: str, tmp_path: Path) -> None:
+    made_cifar(tmp_path)
+    rows, facts, folder = smoke(tmp_path, "li/vgg16-A", "--variant", variant)
+    assert pruned_of(folder, "vgg16_cifar") == (206_279_680, 5_390_176)
+    phases = {"tuned": ["prune", "compensate"], "iterative": ["prune-1", "train-1", "prune-2"]}.get(variant, ["prune"])
+    assert list(facts) == ["dense", *phases, "finetune", "measure", "save"]
+    assert facts["dense"].get("epochs") == (None if variant == "scratch" else 1)
+    assert rows[-1]["name"] == "fine-tuned"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::secateur.zoo.torchvision_shim.TorchvisionMismatch")
+def test_resnet34_c_on_folders_as_imagenets(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    torch.save(MODELS["resnet34"](classes=2).state_dict(), tmp_path / "w.pth")
+    line = (
+        "li/resnet34-C",
+        "--weights",
+        str(tmp_path / "w.pth"),
+        "--set",
+        "data.name=folder:.",
+        "--set",
+        "data.workers=0",
+    )
+    rows, _, folder = smoke(tmp_path, *line, "--set", "model.options={classes: 2}", "--set", "data.size=64")
+    found = sc.Plan.from_json((folder / "plan.json").read_text())
+    assert {name: len(kept) for name, kept in found.keep.items()}["layer3.0.conv2"] == 204
+    assert rows[1]["params"] < rows[0]["params"]
+
+
+def test_the_documents_recipe_can_be_read() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "recipes-of-the-papers.md").read_text()
+    (block,) = re.findall(r"^```yaml\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    found = parse_recipe("model: {name: 'zoo:resnet56', weights: r.pth}\ndata: {name: cifar10}\n" + block).prune
+    assert found is not None
+    assert found.sensitivity == Sensitivity(tolerance=0.01, per="stage")
