@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -123,7 +124,6 @@ mine.reads = ("products",)  # type: ignore[attr-defined]
         ({"criterion": mine, "data": DATA}, "criterion 'mine' looks at gradients"),
         ({"criterion": "taylr"}, "there is no criterion 'taylr'; did you mean 'taylor'"),
     ],
-    ids=str,
 )
 def test_data_and_loss_that_are_missing(options: dict[str, Any], text: str) -> None:
     with pytest.raises(sc.BadRequest, match=text):
@@ -231,3 +231,21 @@ def test_who_compares_criteria_may_give_all_of_them_the_same() -> None:
             raise AssertionError("a criterion that looks at weights only reads no data")
 
     assert sc.plan(graph, ratios=0.5, data=Unread(DATA), loss=F.cross_entropy).keep == plain.keep
+
+
+def test_a_sensitivity_of_groups_that_the_network_has_not() -> None:
+    graph = sc.trace(chain(), X)
+    found = sc.sensitivity(graph, None, lambda net: 1.0, ratios=(0.5,))
+    first, *rest = found.curves
+    budget = sc.Budget(keep=0.9)
+    for curve, text in (
+        (replace(first, group="other"), "has a group 'other' of .* channels, and this network none of that name"),
+        (
+            replace(first, channels=first.channels + 2),
+            f"'{first.group}' of .*, and this network one of {first.channels}",
+        ),
+    ):
+        with pytest.raises(sc.WrongModel, match=text):
+            sc.plan(graph, budget=budget, sensitivity=replace(found, curves=(curve, *rest)))
+    with pytest.raises(sc.BadRequest, match="greedy='no' is neither True nor False"):
+        sc.plan(graph, ratios=0.5, greedy="no")  # type: ignore[arg-type]

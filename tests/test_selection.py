@@ -240,7 +240,6 @@ def test_half_precision_and_large_weights() -> None:
         ),
         ({"criterion": sc.CRITERIA["random"]}, "criterion 'random'"),
     ],
-    ids=str,
 )
 def test_criteria_to_which_greedy_means_nothing(options: dict[str, Any], text: str) -> None:
     with pytest.raises(sc.BadRequest, match=f"(?s){text}"):

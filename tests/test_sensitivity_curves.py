@@ -20,7 +20,7 @@ def model(width: int = 4) -> nn.Module:
 
 def example() -> sc.Sensitivity:
     first = sc.GroupCurve("0", 4, "6x6", (2, 1), (0.75, 0.5), (0.8, 0.7), (1.0, 0.75, 0.5, 0.0))
-    second = sc.GroupCurve("\u00e9", 3, "1", (2, 1), (1, -0.5))
+    second = sc.GroupCurve("\u00e9", 3, "1", (1, 1), (1, -0.5))
     return sc.Sensitivity(fingerprint(model()), "l1", (0.5, 0.75), 0.875, (first, second), {"seed": 0, "note": [None]})
 
 
@@ -84,7 +84,8 @@ def test_another_model() -> None:
         (["curves", 0, "channels"], 0, "curves[0].channels: an integer from 1"),
         (["curves", 0, "channels"], 10**30, "curves[0].channels: an integer from 1"),
         (["curves", 0, "keep"], [5, 1], "curves[0].keep[0]: an integer from 1 to 4 is needed, not 5"),
-        (["curves", 0, "keep"], [1, 2], "curves[0].keep: more is kept at a larger ratio"),
+        (["curves", 0, "keep"], [2, 2], "curves[0].keep: without 0.75 of 4 channels 1 are left, not 2"),
+        (["dense"], 10**400, "dense: a finite number is needed, not '1000"),
         (["curves", 0, "keep"], [1], "curves[0].keep: 2 numbers are needed, not 1"),
         (["curves", 0, "scores"], [0.5, [1]], "curves[0].scores[1]: a finite number"),
         (["curves", 0, "retrained"], [0.5], "curves[0].retrained: 0 or 2 numbers are needed, not 1"),

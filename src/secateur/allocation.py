@@ -87,6 +87,11 @@ def allocate(
     }
 
 
+def width_at(channels: int, ratio: float) -> int:
+    """How many of ``channels`` are kept where the fraction ``ratio`` goes: rounded down, and at least one."""
+    return max(1, math.floor(channels * (1 - ratio) + 1e-9))
+
+
 def highest(scores: torch.Tensor, count: int) -> tuple[int, ...]:
     """The indices of the ``count`` highest scores, sorted; of equal ones the lower indices."""
     order = np.argsort(-scores.detach().cpu().double().numpy(), kind="stable")
@@ -235,7 +240,7 @@ def _width(group: Group, asked: float, ladder: Ladder, i: int) -> int:
     n, step = group.channels, int(ladder.step[i])
     lowest = int(ladder.width(ladder.levels)[i])
     if not _is_count(asked):
-        width = max(math.floor(n * (1 - asked) + 1e-9), lowest)
+        width = max(width_at(n, asked), lowest)
         return min(-(-width // step) * step, n)
     if asked > n:
         raise BadRequest(f"group {group.name!r} has {n} channels: it cannot keep {asked}")

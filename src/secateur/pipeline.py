@@ -12,7 +12,7 @@ from secateur.allocation import allocate, excluded_groups, fixed_widths
 from secateur.calibration import Loss, collect
 from secateur.core import Budget, Criterion, Group
 from secateur.criteria import CRITERIA, check_given, label, reads, resolve
-from secateur.errors import BadRequest, nearest
+from secateur.errors import BadRequest, WrongModel, nearest
 from secateur.graph import Graph, Inputs, trace
 from secateur.groups import Coupling, Prefer, couple
 from secateur.operations import costs_of
@@ -53,7 +53,8 @@ def plan(
     both, ``ratios`` fixes the groups that it names and the rest meets the budget. ``exclude``: names or globs of groups
     that stay whole; they are neither scored nor measured. ``allocation``: ``"global"`` compares normalised scores per
     cost over the whole network, ``"uniform"`` takes the same fraction everywhere. With ``sensitivity``, the budget is
-    met with the least predicted loss instead. ``prefer="module"`` keeps the halves of even splits equal, so that more
+    met with the least predicted loss instead; it may be of another criterion, which then says how many channels of a
+    group go, and ``criterion`` which. ``prefer="module"`` keeps the halves of even splits equal, so that more
     networks stay plain modules of their own classes.
 
     ``data``: calibration batches, of inputs or of ``(inputs, targets)``, for criteria that look at activations or
@@ -101,6 +102,7 @@ def _decide(graph: Graph, how: _Request) -> Plan:
     if how.sensitivity is not None:
         how.sensitivity.check(graph.model)
     coupling = couple(graph, how.prefer)
+    _check_curves(coupling, how)
     whole = kept_whole(coupling, how.residual)
     judged = _judged(coupling, whole, how)
     evidence: dict[str, dict[str, Any]] = {}
@@ -186,11 +188,27 @@ def _check_sensitivity(how: _Request) -> None:
         )
 
 
+def _check_curves(coupling: Coupling, how: _Request) -> None:
+    """That the groups which were analysed are groups of this network."""
+    if how.sensitivity is None:
+        return
+    known = {group.name: group.channels for group in coupling.groups}
+    for curve in how.sensitivity.curves:
+        if known.get(curve.group) != curve.channels:
+            do = "analyse this network" if how.prefer == "channels" else "leave prefer out: analyses know no 'module'"
+            raise WrongModel(
+                f"the sensitivity has a group {curve.group!r} of {curve.channels} channels, and this network "
+                f"{f'one of {known[curve.group]}' if curve.group in known else 'none of that name'}\n  do: {do}"
+            )
+
+
 def _check_criterion(how: _Request) -> None:
     """That what the criterion looks at is there, and that greedy selection would make a difference to it."""
     criterion = how.criterion
     function, name = resolve(criterion), label(criterion)
     check_given(criterion, how.data, how.loss)
+    if not isinstance(how.greedy, bool):
+        raise BadRequest(f"greedy={how.greedy!r} is neither True nor False")
     if how.greedy and (function is CRITERIA["random"] or "filters" not in reads(criterion)):
         looks = "at nothing" if function is CRITERIA["random"] else f"at {', '.join(reads(criterion))}"
         raise BadRequest(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from secateur.allocation import width_at
 from secateur.errors import BadArtifact, BadPlan
 from secateur.plan_checks import LARGEST_AXIS, plain
 from secateur.sensitivities.curves import GroupCurve, Sensitivity
@@ -49,7 +50,7 @@ def decode(text: str) -> Sensitivity:
     _keys("sensitivity", data, FIELDS)
     ratios = _ratios(data["ratios"])
     curves = _list("curves", data["curves"])
-    found = tuple(_curve(f"curves[{index}]", curve, len(ratios)) for index, curve in enumerate(curves))
+    found = tuple(_curve(f"curves[{index}]", curve, ratios) for index, curve in enumerate(curves))
     names = [curve.group for curve in found]
     for name in names:
         if names.count(name) > 1:
@@ -140,15 +141,20 @@ def _no_constant(name: str) -> Any:
     raise BadArtifact(f"sensitivity: {name} is not a number of JSON")
 
 
-def _curve(where: str, data: object, count: int) -> GroupCurve:
+def _curve(where: str, data: object, ratios: Sequence[float]) -> GroupCurve:
+    count = len(ratios)
     values = _mapping(where, data)
     _keys(f"sensitivity: {where}", values, CURVE_FIELDS)
     channels = values["channels"]
     if type(channels) is not int or not 1 <= channels <= LARGEST_AXIS:
         raise BadArtifact(f"sensitivity: {where}.channels: an integer from 1 to {LARGEST_AXIS}, not {channels!r}")
     keep = tuple(_numbers(f"{where}.keep", values["keep"], (count,), _kept(channels)))
-    if any(right > left for left, right in pairwise(keep)):
-        raise BadArtifact(f"sensitivity: {where}.keep: more is kept at a larger ratio")
+    for ratio, kept in zip(ratios, keep, strict=True):
+        if kept != width_at(channels, ratio):
+            raise BadArtifact(
+                f"sensitivity: {where}.keep: without {ratio} of {channels} channels {width_at(channels, ratio)} are "
+                f"left, not {kept}"
+            )
     return GroupCurve(
         group=_text(f"{where}.group", values["group"]),
         channels=channels,
@@ -189,9 +195,13 @@ def _share(where: str, value: object) -> float:
 
 
 def _real(where: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    try:
+        number = math.nan if isinstance(value, bool) or not isinstance(value, (int, float)) else float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        number = math.inf
+    if not math.isfinite(number):
         raise BadArtifact(f"sensitivity: {where}: a finite number is needed, not {str(value)[:40]!r}")
-    return float(value)
+    return number
 
 
 def _ratios(data: object) -> tuple[float, ...]:
