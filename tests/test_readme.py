@@ -3,6 +3,7 @@
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -23,14 +24,17 @@ def blocks(language: str) -> list[str]:
 
 def test_python_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    (source,) = blocks("python")
-    assert len([line for line in source.splitlines() if line.strip()]) <= 12
-    names: dict[str, object] = {}
-    exec(compile(source, "README.md", "exec"), names)
+    first, second = blocks("python")
+    assert len([line for line in first.splitlines() if line.strip()]) <= 12
+    names: dict[str, Any] = {}
+    exec(compile(first, "README.md", "exec"), names)
     before, after = (int(text) for text in capsys.readouterr().out.split(" -> "))
     assert 0.49 * before <= after <= 0.5 * before
     assert names["again"] is not names["small"]
     assert (tmp_path / "resnet20-half" / "model.safetensors").is_file()
+    exec(compile(second, "README.md", "exec"), names)
+    assert len(names["found"].curves) == 12
+    assert names["plan"].made_by["sensitivity"]["criterion"] == "l1"
 
 
 @pytest.mark.filterwarnings("ignore:torchvision .* does not fit:UserWarning", "ignore::Warning:pytorch_lightning")
