@@ -16,31 +16,24 @@ from __future__ import annotations
 
 import argparse
 import copy
-import fcntl
 import functools
-import json
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 import common
 import secateur as sc
-from common import RESULTS, Row
+from common import RESULTS
 from secateur.measurement import accuracy
-from secateur.recover import Objective, Run, Training, compensate_, distil, fit_
-from secateur.zoo.data import Data, DataSettings, open_data
-from secateur.zoo.names import build
+from secateur.recover import Objective, Training, compensate_, distil
+from secateur.zoo.data import Data
+from trials import DENSE, Cells, dense_network, fashion, fresh, spread, trained
 
-MODEL = "zoo:resnet20"
+MODEL = "resnet20"
 BUDGETS = (0.5, 0.25)
 READERS = ("none", "bias", "least-squares")
-CACHE = RESULTS.parent / "build" / "recovery"
 
 
 @dataclass(frozen=True)
@@ -57,7 +50,6 @@ class Size:
 
 SMALL = Size(images=6_000, dense=10, tune=2, calibration=8, test=40)
 FULL = Size(images=None, dense=60, tune=20, calibration=16, test=10**6)
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def main() -> None:
@@ -74,88 +66,33 @@ def main() -> None:
         found.forget(seeds)
     for seed in seeds:
         run_seed(found, seed, FULL if given.full else SMALL, given.root)
-        found.write_table()
+        found.write_table("What comes back, and by what", lambda: table(found))
 
 
-class Cells:
-    """The result file: ``cells[seed][budget][what]``, written after every cell."""
-
-    def __init__(self, path: Path, command: str) -> None:
-        self.path = path
-        head = {**common.header(command), "times": "seconds of wall time"}
-        head["machine"] = head["machine"].replace("one thread", f"{torch.get_num_threads()} thread(s) a process")
-        if torch.cuda.is_available():
-            head["machine"] = f"{torch.cuda.get_device_name()}; {head['machine']}"
-        self.found: Row = json.loads(path.read_text()) if path.exists() else {"cells": {}}
-        self.found["header"] = head
-
-    def forget(self, seeds: Sequence[int]) -> None:
-        self._keep(lambda cells: [cells.pop(str(seed), None) for seed in seeds])
-
-    def _keep(self, change: Callable[[Row], object]) -> None:
-        """Change the cells on file: other processes may be at work on other seeds."""
-        CACHE.mkdir(parents=True, exist_ok=True)
-        with open(CACHE / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if self.path.exists():
-                self.found["cells"] = json.loads(self.path.read_text())["cells"]
-            change(self.found["cells"])
-            common.write_json(self.path, self.found)
-
-    def cell(self, seed: int, budget: str, what: str, compute: Callable[[], float]) -> float:
-        """The accuracy that is on file, or ``compute()``, put on file."""
-        row = self.found["cells"].get(str(seed), {}).get(budget, {})
-        if what not in row:
-            start = time.perf_counter()
-            value = {"accuracy": compute(), "seconds": round(time.perf_counter() - start, 1)}
-            self._keep(lambda cells: cells.setdefault(str(seed), {}).setdefault(budget, {}).update({what: value}))
-            row = self.found["cells"][str(seed)][budget]
-            print(f"seed {seed}  {budget:>5}  {what:<44} {100 * row[what]['accuracy']:.2f} %", flush=True)
-        return float(row[what]["accuracy"])
-
-    def say(self, key: str, value: object) -> None:
-        self.found.setdefault("settings", {})[key] = value
-
-    def write_table(self) -> None:
-        """The markdown table: a row for each way, a column for each budget, mean ± standard deviation in points."""
-        cells = self.found["cells"]
-        seeds = sorted(cells)
-        names = list(dict.fromkeys(what for seed in seeds for b in BUDGETS for what in cells[seed].get(str(b), {})))
-        rows: list[list[object]] = []
-        for what in names:
-            found = [[cells[s].get(str(b), {}).get(what) for s in seeds] for b in BUDGETS]
-            rows.append([what, *[_spread([cell["accuracy"] for cell in column if cell]) for column in found]])
-        dense = _spread([cells[s]["dense"]["dense"]["accuracy"] for s in seeds])
-        text = "# What comes back, and by what\n\n" + common.head_of(self.found["header"])
-        text += common.head_of({**self.found.get("settings", {}), "seeds": ", ".join(seeds), "dense": f"{dense} %"})
-        text += "\nTest accuracy in %, mean ± standard deviation over the seeds.\n\n"
-        text += common.markdown(["", *[f"{100 * b:.0f} % of the MACs" for b in BUDGETS]], rows)
-        common.write(self.path.with_suffix(".md"), text)
-
-
-def _spread(values: Sequence[float]) -> str:
-    if not values:
-        return "–"
-    mean = 100 * statistics.fmean(values)
-    return f"{mean:.2f} ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else f"{mean:.2f}"
+def table(found: Cells) -> str:
+    """A row for each way, a column for each budget, mean ± standard deviation in points."""
+    columns = [str(budget) for budget in BUDGETS]
+    rows = [
+        [way, *[spread([*found.values(c, way, "accuracy").values()]) for c in columns]] for way in found.names(columns)
+    ]
+    dense = spread([*found.values("dense", "dense", "accuracy").values()])
+    text = f"Test accuracy in %, mean ± standard deviation over the seeds; dense: {dense}.\n\n"
+    return text + common.markdown(["", *[f"{100 * b:.0f} % of the MACs" for b in BUDGETS]], rows)
 
 
 # ---------------------------------------------------------------------------------------------- one seed
 
 
 def run_seed(found: Cells, seed: int, size: Size, root: str | None) -> None:
-    settings = DataSettings(name="fashion-mnist", root=root, batch=128, limit=size.images, validation=1000)
-    data = open_data(settings, seed=seed)
-    training = Training(epochs=size.dense, lr=0.1, schedule="one-cycle", weight_decay=5e-4, seed=seed)
+    data = fashion(root, images=size.images, test=size.test, seed=seed)
+    training = replace(DENSE, epochs=size.dense, seed=seed)
     tuning = replace(training, epochs=size.tune, lr=0.05)
-    data = replace(data, test=data.test.first(size.test))
     calibrated = f"{size.calibration * 128} of them to calibrate with"
     found.say("images", f"{data.train.samples} to train on, {calibrated}, {data.test.samples} to test")
     found.say("training", f"{training}; fine-tuning: {size.tune} epochs, lr {tuning.lr}")
 
-    dense = fresh(seed)
-    trained(dense, data, training, f"seed{seed}-dense-{size.images}")
-    found.cell(seed, "dense", "dense", lambda: accuracy(dense, data.test))
+    dense = dense_network(MODEL, data, training, size.images)
+    found.cell(seed, "dense", "dense", lambda: {"accuracy": accuracy(dense, data.test)})
     for keep in BUDGETS:
         run_budget(found, seed, keep, Setting(dense, data, training, tuning, size))
 
@@ -188,7 +125,7 @@ def run_budget(found: Cells, seed: int, keep: float, at: Setting) -> None:
         return copy.deepcopy(compensated(readers, batchnorm))
 
     def score(what: str, make: Callable[[], nn.Module]) -> None:
-        found.cell(seed, str(keep), what, lambda: accuracy(make(), at.data.test))
+        found.cell(seed, str(keep), what, lambda: {"accuracy": accuracy(make(), at.data.test)})
 
     def tuned(
         small: nn.Module, tag: str, objective: Objective | None = None, training: Training = at.tuning
@@ -219,29 +156,7 @@ def run_budget(found: Cells, seed: int, keep: float, at: Setting) -> None:
     score("random, fine-tuned", lambda: tuned(sc.apply(at.dense, random, check=False), "random"))
     long = replace(at.training, epochs=at.size.dense + at.size.tune)
     scratch = "from scratch, as many epochs as dense and fine-tuned together"
-    score(scratch, lambda: tuned(sc.apply(fresh(seed + 1000), plan, check=False), "scratch", None, long))
-
-
-def fresh(seed: int) -> nn.Module:
-    """An untrained network."""
-    torch.manual_seed(seed)
-    return build(MODEL, classes=10, in_channels=1).to(DEVICE)
-
-
-def trained(
-    model: nn.Module, data: Data, training: Training, tag: str, *, objective: Objective | None = None
-) -> nn.Module:
-    """``model`` trained in place, or with the weights that an earlier run trained under this tag."""
-    done = CACHE / f"{tag}.safetensors"
-    if done.exists():
-        model.load_state_dict(load_file(done))
-        return model.eval()
-    fit_(model, data.train, training, objective=objective, run=Run(folder=CACHE / tag, every=200))
-    CACHE.mkdir(parents=True, exist_ok=True)
-    aside = done.with_suffix(".part")
-    save_file({name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}, aside)
-    aside.replace(done)
-    return model
+    score(scratch, lambda: tuned(sc.apply(fresh(MODEL, seed + 1000), plan, check=False), "scratch", None, long))
 
 
 if __name__ == "__main__":

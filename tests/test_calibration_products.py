@@ -24,6 +24,7 @@ from secateur.calibration import collect
 from secateur.errors import BadRequest, CannotPrune
 from secateur.graph import trace
 from secateur.groups import couple
+from secateur.pipeline import plan
 from secateur.processes import part
 from secateur.scores import score
 
@@ -138,7 +139,7 @@ def test_criteria_of_the_paper_on_a_network() -> None:
             "apoz": 1 - sum(float((image[channel] == 0).double().mean()) for image in after) / 7,
         }
         for name, value in want.items():
-            found = score(coupling.groups, coupling.graph.tensors, name, evidence=evidence)["a"]
+            found = score(coupling.groups[:1], coupling.graph.tensors, name, evidence=evidence)["a"]
             assert float(found[channel]) == pytest.approx(value, rel=1e-9)
 
 
@@ -254,6 +255,82 @@ def test_an_error_in_a_users_loss_says_where_it_happened() -> None:
     with pytest.raises(ZeroDivisionError, match="theirs") as caught:
         collect(coupling, coupling.groups, ("products",), [(torch.zeros(2, 3, 12, 12), torch.zeros(2))], loss=mine)
     assert caught.value.__notes__ == ["while the loss of batch 0 of the calibration data was computed"]
+
+
+# ------------------------------------------------------------------------------------------ gradients that do not come
+
+
+class Backbone(nn.Module):
+    """A frozen part and a head."""
+
+    def __init__(self, cut: str) -> None:
+        super().__init__()
+        self.a, self.b, self.h, self.fc = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 1), nn.Linear(8, 2)
+        self.cut = cut
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.set_grad_enabled(self.cut != "no_grad" and torch.is_grad_enabled()):
+            x = F.relu(self.b(F.relu(self.a(x))))
+        x = x.detach() if self.cut == "detach" else x
+        return self.fc(F.relu(self.h(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("cut", ["detach", "no_grad"])
+@pytest.mark.parametrize("normed", [False, True])
+def test_filters_that_no_gradient_reaches_are_not_scored(cut: str, normed: bool) -> None:
+    torch.manual_seed(0)
+    model = Backbone(cut)
+    if normed:
+        nn.utils.parametrizations.weight_norm(model.h)
+    data = [(images(2)[0].float(), torch.zeros(2))] * 2
+    options: dict[str, Any] = {"ratios": 0.5, "criterion": "taylor", "data": data, "loss": LOSS}
+    if cut == "detach" or not normed:  # the captured pass, which computed weights need, knows no no_grad
+        text = r"no gradient .* reached the filters of 2 groups in any batch: 'a', 'b'\n.*\n  do: let gradients through"
+        with pytest.raises(CannotPrune, match=text):
+            plan(model, data[0][0], **options)
+    assert len(plan(model, data[0][0], **options, exclude=("a", "b")).keep["h"]) == 4
+
+
+def test_gradients_inside_inference_mode() -> None:
+    model = Backbone("")
+    data = [(images(2)[0].float(), torch.zeros(2))]
+    options: dict[str, Any] = {"ratios": 0.5, "criterion": "taylor", "data": data, "loss": LOSS}
+    want = plan(model, data[0][0], **options)
+    with torch.inference_mode():
+        assert plan(model, data[0][0], **options).keep == want.keep
+
+
+# ------------------------------------------------------------------------------------------------------------- chance
+
+
+class Drawing(nn.Module):
+    """It draws in eval mode as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 12, 3), nn.Conv2d(12, 2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.dropout(F.relu(self.a(x)), 0.5, True)).mean((2, 3))
+
+
+@pytest.mark.parametrize("reads", ["maps", "products"])
+def test_randomness_is_the_callers_own(reads: str) -> None:
+    """A shuffled loader and a network that draws: nothing moves outside, and the same call finds the same."""
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 8, 8)
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(x, torch.arange(8) % 2), batch_size=3, shuffle=True
+    )
+    coupling = couple(trace(Drawing(), x))
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        (evidence,) = collect(coupling, coupling.groups, (reads,), loader, loss=LOSS).values()
+        assert torch.equal(torch.get_rng_state(), before)
+        found.append(evidence[reads] if reads == "products" else evidence[reads].mean)
+    assert torch.equal(*found)
 
 
 # --------------------------------------------------------------------------------------------------------- processes

@@ -296,6 +296,14 @@ def test_files_of_others_are_refused(swept: tuple[Path, str], weights: Path, tmp
     text = run(*PLAN[:-2], "--sensitivity", tmp_path / "bad.json", "-o", tmp_path / "p.json", code=2)
     assert text.startswith(f"error: {tmp_path / 'bad.json'}: ")
     before = (folder / "sensitivity.json").read_bytes()
+    again = ("sensitivity", "tiny_runs:small", "--weights", weights, *DATA, "-o", folder)
+    for more, message in (
+        (("--set", "data.validation=0.2"), "was made with note.data.validation=0.1, and now it is 0.2"),
+        (("--batches", 1), "was made with note.batches=None, and now it is 1"),
+        (("--retrain-epochs", 1), "was made without note.retraining, and now it is {'epochs': 1, 'lr': 0.001}"),
+    ):
+        assert message in run(*again, *more, code=2)
+        assert (folder / "sensitivity.json").read_bytes() == before
     text = run(*SWEEP[:-2], "-o", folder, code=2)  # of the same network with random weights
     assert "other weights" in text
     assert (folder / "sensitivity.json").read_bytes() == before

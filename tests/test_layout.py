@@ -13,11 +13,11 @@ import secateur
 
 PACKAGE = Path(secateur.__file__).parent
 ROWS = [
-    {"errors", "core", "version", "nests", "nodes", "processes"},
+    {"errors", "core", "version", "nests", "nodes", "processes", "generators"},
     {"capture", "graph", "labels", "propagation", "rules"},
     {"groups"},
     {"interpreter"},
-    {"views", "statistics", "taps", "calibration", "residuals", "criteria"},
+    {"views", "layer_weights", "statistics", "taps", "products", "calibration", "residuals", "criteria"},
     {"scores"},
     {"costs", "operations", "counting", "tradeoffs", "budgets", "allocation", "selection"},
     {"plans", "plan_checks", "plan_schema"},

@@ -219,7 +219,8 @@ def test_channels_that_are_all_alike_weigh_one() -> None:
     with torch.no_grad():
         for p in net.parameters():
             p.fill_(0.1)
-    sparse = growing_penalty(net, X, growth=Growth(kind="depgraph"), as_loss=True, ratios=0.5)
+    with pytest.warns(sc.SecateurWarning, match="scores all channels of a group the same"):
+        sparse = growing_penalty(net, X, growth=Growth(kind="depgraph"), as_loss=True, ratios=0.5)
     of_penalty(sparse, net)
     assert all(bool((w == 1).all()) for w in sparse._weights.values())
 

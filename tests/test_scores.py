@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from secateur.core import Group, GroupView, MapStatistics, Slice
-from secateur.errors import BadRequest, CannotPrune
+from secateur.errors import BadRequest, CannotPrune, SecateurWarning
+from secateur.pipeline import plan
 from secateur.scores import normalise, score
 
 
@@ -88,14 +89,15 @@ def _statistics(channels: int, value: float = 1.0) -> MapStatistics:
 
 def test_evidence_reaches_the_criterion_that_reads_it() -> None:
     evidence = {g.name: {"maps": _statistics(g.channels), "products": torch.arange(g.channels)} for g in GROUPS}
-    assert score(GROUPS, TENSORS, "mean_std", evidence=evidence)["b"].tolist() == [2.0] * 6
+    with pytest.warns(SecateurWarning, match="scores all channels of a group the same"):
+        assert score(GROUPS, TENSORS, "mean_std", evidence=evidence)["b"].tolist() == [2.0] * 6
     assert score(GROUPS, TENSORS, "taylor", evidence=evidence)["a"].tolist() == [0, 1, 2, 3]
     seen: list[GroupView] = []
 
     def mine(view: GroupView) -> torch.Tensor:
         assert view.maps is not None
         seen.append(view)
-        return view.maps.mean.fill_(7).sum(1)  # in place: others must not see it
+        return view.maps.mean.fill_(7)[:, 0] + torch.arange(len(view.maps.mean))  # in place: others must not see it
 
     mine.reads = ("maps", "readers")  # type: ignore[attr-defined]
     score(GROUPS, TENSORS, mine, evidence=evidence)
@@ -148,3 +150,27 @@ def test_normalising_is_free_of_scale_and_keeps_zeros() -> None:
     assert normal["zero"].tolist() == [0, 0, 0]
     assert normal["same"].tolist() == [1, 1, 1]
     assert normal["negative"].tolist() == pytest.approx([2.0, 1.0, 0.0], rel=1e-12)
+
+
+def test_a_criterion_that_tells_nothing_apart_is_said_to() -> None:
+    def mine(view: GroupView) -> torch.Tensor:
+        return torch.ones(len(view.filters)) if view.name == "b" else view.filters.sum(1)
+
+    text = (
+        r"'mine' scores all channels of a group the same, in 1 of 2 groups \('b'\): .*their first channels stay\n  do:"
+    )
+    with pytest.warns(SecateurWarning, match=text):
+        score(GROUPS, TENSORS, mine)
+    score([_group("c", 1)], {"c.weight": torch.ones(1, 2), "next.weight": torch.ones(2, 1)}, "l1")  # nothing to tell
+
+
+def test_plans_of_criteria_that_say_nothing_warn_the_caller() -> None:
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3), torch.nn.SiLU(), torch.nn.Flatten(), torch.nn.Linear(32, 6), torch.nn.Linear(6, 2)
+    )
+    x = torch.randn(2, 3, 4, 4)
+    with pytest.warns(SecateurWarning, match=r"'apoz' scores .* in 2 of 2 groups \('0', '3'\)") as caught:
+        plan(model, x, ratios=0.5, criterion="apoz", data=[x])
+    assert caught[0].filename == __file__
+    with pytest.warns(SecateurWarning, match=r"'mean_std' scores .* in 1 of 2 groups \('3'\)"):
+        plan(model, x, ratios=0.5, criterion="mean_std", data=[x])

@@ -299,10 +299,11 @@ def test_a_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
     found = sc.sensitivity(
         model, data[0][0][:1], evaluate, ratios=RATIOS, path=file, progress=lambda *facts: told.append(facts)
     )
-    assert len(calls) == 4 + 4
+    assert len(calls) == 4 + 1 + 4
     assert found == whole == sc.Sensitivity.from_json(file.read_text())
-    assert [facts[:2] for facts in told] == [(i, 4) for i in range(5)]
+    assert [facts[:2] for facts in told] == [(i, 5) for i in range(6)]
     assert [facts[2] for facts in told] == [
+        "the dense network",
         "a.0 without 25%",
         "a.0 without 70%",
         "a.1 without 25%",
@@ -310,7 +311,7 @@ def test_a_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
         "done",
     ]
     assert sc.sensitivity(model, data[0][0][:1], evaluate, ratios=RATIOS, path=file) == whole
-    assert len(calls) == 8
+    assert len(calls) == 10  # the dense network, each time
     assert [p.name for p in file.parent.iterdir()] == ["s.json"]
 
 
@@ -343,12 +344,49 @@ def test_a_file_of_something_else_is_refused_and_left_as_it_is(tmp_path: Path) -
     refused(r"cannot be (read|written)", path=tmp_path)
 
 
+def test_another_sweep_does_not_go_on_with_a_file(tmp_path: Path) -> None:
+    model, data, file = net("residual"), images(), tmp_path / "s.json"
+    options: dict[str, Any] = {"ratios": (0.5,), "path": file, "criterion": lambda view: view.filters.abs().sum(1)}
+    options["note"] = {"data": {"size": 8}, "batches": 2}
+    found = sc.sensitivity(model, data[0][0][:1], data, **options)
+    assert found.made_by["note"] == {"data": {"size": 8}, "batches": 2}
+    text = file.read_text()
+
+    def refused(match: str, evaluate: Any = data, **changes: Any) -> None:
+        with pytest.raises(BadArtifact, match=match):
+            sc.sensitivity(model, data[0][0][:1], evaluate, **{**options, **changes})
+        assert file.read_text() == text
+
+    refused(
+        r"was made with other channels kept: the criterion, or what it was shown, has changed\n  do: choose another",
+        criterion=lambda view: -view.filters.abs().sum(1),
+    )
+    refused(
+        r"with an evaluate that gives the dense network [\d.]+, and now it gets -?[\d.]+\n.*\n  do: choose another",
+        lambda network: outputs(network, data),
+    )
+    refused(r"was made with note\.data\.size=8, and now it is 16\n  do: ", note={"data": {"size": 16}, "batches": 2})
+    refused(r"was made with note\.batches=2, and now there is none\n", note={"data": {"size": 8}})
+    refused(r"was made without note\.lr, and now it is 0\.1\n", note={**options["note"], "lr": 0.1})
+    assert sc.sensitivity(model, data[0][0][:1], data, **options) == found
+
+
+def test_ratios_are_told_as_they_are() -> None:
+    told: list[str] = []
+    sc.sensitivity(
+        net("residual"), images()[0][0][:1], images(), ratios=(0.29, 0.999), groups="a.0",
+        progress=lambda done, total, text: told.append(text),
+    )  # fmt: skip
+    assert told == ["the dense network", "a.0 without 29%", "a.0 without 99.9%", "done"]
+
+
 # ------------------------------------------------------------------------------------------------ bad requests
 
 
 @pytest.mark.parametrize(
     ("value", "text"),
     [
+        (10**400, "evaluate returned inf for the dense network, not a number\n  do: return a finite number"),
         (math.nan, "evaluate returned nan for the dense network, not a number\n  do: return a finite number"),
         (-math.inf, "evaluate returned -inf for the dense network"),
         (torch.tensor(0.5), "returned a tensor of shape [] for the dense network, not a number\n  do: return a plain"),
@@ -385,6 +423,21 @@ def test_what_evaluate_may_not_return(value: Any, text: str, tmp_path: Path) -> 
         ({"exclude": "b7"}, BadRequest, "no group is called, or matches, 'b7'"),
         ({"residual": "scatter"}, BadRequest, "residual='scatter' is not known"),
         ({"max_bytes": -1}, BadRequest, "max_bytes=-1 is not a number of bytes, 0 or more"),
+        ({"groups": None}, BadRequest, "groups=None is neither a group's name or a glob over group names, nor a list"),
+        ({"groups": 3}, BadRequest, "do: leave groups out, or write groups=['layer1.*']"),
+        ({"exclude": None}, BadRequest, "exclude=None is neither a group's name or a glob"),
+        ({"exclude": 3}, BadRequest, "exclude=3 is neither"),
+        ({"exclude": [3]}, BadRequest, "exclude: 3 is not a group's name or a glob"),
+        ({"path": 3}, BadRequest, "path=3 does not name a file"),
+        ({"path": "~nobody-of-that-name/x.json"}, BadRequest, "does not name a file"),
+        ({"seed": "x"}, BadRequest, "seed='x' is not a whole number, 0 or more"),
+        ({"seed": -1}, BadRequest, "seed=-1 is not a whole number, 0 or more"),
+        ({"progress": 3}, BadRequest, "progress=3 cannot be called\n  do: give a function, or leave progress out"),
+        ({"retrain": 3}, BadRequest, "retrain=3 cannot be called"),
+        ({"loss": 3}, BadRequest, "loss=3 cannot be called"),
+        ({"note": 3}, BadRequest, "do: give a mapping of names to numbers, texts, lists and mappings"),
+        ({"note": {"images": torch.zeros(1)}}, BadRequest, "note.images: Tensor is nothing that JSON can hold"),
+        ({"ratios": (10**400,)}, BadRequest, "is not a ratio between 0 and 1"),
         ({"criterion": "l3"}, BadRequest, "there is no criterion 'l3'"),
         ({"criterion": "apoz"}, BadRequest, "criterion 'apoz' looks at activations\n  do: give data=, batches"),
         ({"criterion": "taylor", "data": images()}, BadRequest, "looks at gradients, and nothing says of what"),
@@ -392,6 +445,13 @@ def test_what_evaluate_may_not_return(value: Any, text: str, tmp_path: Path) -> 
 )
 def test_bad_requests(options: dict[str, Any], error: type[Exception], text: str) -> None:
     arguments = {"evaluate": images(), **options}
+    evaluate = arguments["evaluate"]
+
+    def measured(network: nn.Module) -> float:
+        raise AssertionError("something was measured")
+
+    if isinstance(evaluate, list):
+        arguments["evaluate"] = measured
     with pytest.raises(error) as caught:
         sc.sensitivity(net("residual"), images()[0][0][:1], **arguments)
     assert text in str(caught.value)

@@ -221,6 +221,9 @@ def test_data_that_can_be_read_once() -> None:
         check_repeatable((x for x in [1]), "compensation")
     with pytest.raises(sc.BadRequest, match="not int"):
         check_repeatable(3, "compensation")  # type: ignore[arg-type]
+    state = torch.get_rng_state()
+    check_repeatable(torch.utils.data.DataLoader([1, 2], shuffle=True), "compensation")  # type: ignore[arg-type]
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_walk_that_waits_holds_what_is_live_alone() -> None:

@@ -1,34 +1,32 @@
 """Calibration: what data show of each group's channels, streamed over one pass, for criteria that ask for it.
 
-Feature maps are seen in the captured eval graph, at the taps that labels give, without hooks; gradients are autograd's,
-of the user's own network in eval mode on copies of its tensors. Only sums over samples are kept, in float64 (float32 on
-devices that have no float64), and added up over the processes, each of which reads its part of the data.
+Feature maps are seen in the captured eval graph, at the taps that labels give, without hooks; ``products`` measures
+gradients. Only sums over samples are kept, in float64 (float32 on devices that have no float64), and added up over the
+processes, each of which reads its part of the data.
 
 Letters: ``C`` channels of a group, ``M`` maps of each, ``N`` samples, ``P`` positions of a map.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.func import functional_call
 
-from secateur.capture import in_mode
-from secateur.core import Group, MapStatistics, Slice
-from secateur.errors import BadRequest, CannotPrune
-from secateur.graph import Graph, as_arguments, with_free_batch
+from secateur.core import Group, MapStatistics
+from secateur.errors import BadRequest
+from secateur.generators import kept_randomness, seed_all
+from secateur.graph import Graph
 from secateur.groups import Coupling, freed
 from secateur.interpreter import walk
-from secateur.nests import flatten, unflatten
 from secateur.processes import sum_over_processes_
-from secateur.statistics import accumulator, agree, batches, check_repeatable, read_inputs
-from secateur.taps import Tap, activation_taps, filters_of, map_taps
+from secateur.products import Loss as Loss
+from secateur.products import products
+from secateur.statistics import accumulator, agree, batches, check_repeatable, no_batches, place_of
+from secateur.taps import Tap, activation_taps, map_taps
 
-Loss = Callable[[Any, torch.Tensor], torch.Tensor]
-"""``(outputs, targets)`` to one number, a scalar tensor that gradients can be taken of."""
 Progress = Callable[[int, int], None]
 """Called after each batch with how many are done and how many there are (0: the data do not say)."""
 CHUNK, GPU_CHUNK = 2**17, 2**25
@@ -46,18 +44,23 @@ def collect(
     progress: Progress | None = None,
 ) -> dict[str, dict[str, Any]]:
     """What ``data`` show of ``groups``: ``{group name: {"maps": ..., "activations": ..., "products": ...}}``, those of
-    the three that are in ``reads``. Nothing of the user's is changed, gradients included.
+    the three that are in ``reads``. Nothing of the user's is changed, gradients and random generators included; what
+    data and networks draw is drawn from a fixed seed, so that the same call finds the same.
 
     ``data``: batches of inputs, or of ``(inputs, targets)``, on which the network runs in eval mode; in several
     processes, this process's part of them. They are read once for ``maps`` and ``activations`` together, and once for
     ``products``, which need targets and ``loss(outputs, targets)``. A group may be passed with fewer slices than the
     network's own has: then only the layers in its ``writes`` slices count.
 
+    ``products`` run the user's own forward in eval mode, once a batch: its hooks are called, and what a forward changes
+    besides tensors (a counter in Python) is changed. ``maps`` and ``activations`` run the captured graph and touch
+    neither.
+
     Where a network folds positions into the batch axis (window attention), each slice along it counts as a sample.
 
     Raises ``BadRequest`` for data that can be read only once, are empty or do not fit, for a loss that is missing or
     gives anything but one finite number, and for maps that are not finite; ``CannotPrune`` for a group that no layer
-    writes.
+    writes, and for one whose filters no gradient of the loss reaches.
     """
     passes = [kind for kind in (("maps", "activations"), ("products",)) if any(k in reads for k in kind)]
     found: dict[str, dict[str, Any]] = {group.name: {} for group in groups}
@@ -70,14 +73,18 @@ def collect(
             "  do: pass loss=, a function of (outputs, targets), for example torch.nn.functional.cross_entropy"
         )
     tick = _ticks(data, len(passes), progress)
+    device = next((t.device for t in coupling.graph.tensors.values()), torch.device("cpu"))
     for kind in passes:
-        if kind == ("products",):
-            assert loss is not None
-            measured: Mapping[tuple[str, str], Any] = _products(coupling, groups, data, loss, tick)
-        else:
-            measured = _statistics(coupling, groups, [k for k in kind if k in reads], data, tick)
-        for (name, field), value in measured.items():
-            found[name][field] = value
+        with kept_randomness(device):
+            seed_all(0, 0)
+            if kind == ("products",):
+                assert loss is not None
+                for name, value in products(coupling, groups, data, loss, tick).items():
+                    found[name]["products"] = value
+                continue
+            fields = [field for field in kind if field in reads]
+            for (name, field), maps in _statistics(coupling, groups, fields, data, tick).items():
+                found[name][field] = maps
     return found
 
 
@@ -95,23 +102,6 @@ def _ticks(data: Iterable[Any], passes: int, progress: Progress | None) -> Calla
             progress(done, total)
 
     return tick
-
-
-def _place(graph: Graph) -> tuple[dict[str, torch.Tensor], torch.device, torch.dtype | None]:
-    """The network's tensors, detached, floats in at least float32; where they are, and their dtype."""
-    tensors = {name: t.detach() for name, t in graph.tensors.items()}
-    floats = [t for t in tensors.values() if t.is_floating_point()]
-    if not floats:
-        return tensors, torch.device("cpu"), None
-    dtype = torch.promote_types(floats[0].dtype, torch.float32)
-    tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
-    return tensors, floats[0].device, dtype
-
-
-def _empty() -> BadRequest:
-    return BadRequest(
-        "data has no batches (an iterator that was read before?)\n  do: pass a DataLoader or a list of batches"
-    )
 
 
 # ------------------------------------------------------------------------------------------------------------- maps
@@ -171,7 +161,7 @@ def _statistics(
 ) -> dict[tuple[str, str], MapStatistics]:
     """The maps of every group, by group name and field."""
     free = freed(coupling)
-    state, device, dtype = _place(free.graph)
+    state, device, dtype = place_of(free.graph)
     find = {"maps": map_taps, "activations": activation_taps}
     sums = {
         (group.name, field): [_Sums.zeros(tap, device) for tap in find[field](free, group)]
@@ -198,7 +188,7 @@ def _statistics(
     for tensor, total in zip(gathered, moved, strict=True):
         tensor.copy_(total)
     if not float(examples):
-        raise _empty()
+        raise no_batches()
     return {key: _finished(key, own, int(examples)) for key, own in sums.items()}
 
 
@@ -233,110 +223,3 @@ def _finished(key: tuple[str, str], sums: Sequence[_Sums], samples: int) -> MapS
             f"{means.shape[1]} channels\n  do: check the data and the network's weights"
         )
     return MapStatistics(samples, *means.unbind())
-
-
-# --------------------------------------------------------------------------------------------------------- products
-
-
-def _products(
-    coupling: Coupling, groups: Sequence[Group], data: Iterable[Any], loss: Loss, tick: Callable[[], None]
-) -> dict[tuple[str, str], torch.Tensor]:
-    """``[C]`` for every group: the mean over batches of ``(sum_w g w)^2`` over the weights of the channel's filters."""
-    graph = with_free_batch(coupling.graph)
-    tensors, device, dtype = _place(graph)
-    exact = accumulator(device)
-    pieces = {group.name: filters_of(group, coupling) for group in groups}
-    _check_filters(pieces)
-    totals = {group.name: torch.zeros(group.channels, device=device, dtype=exact) for group in groups}
-    count = torch.zeros((), device=device, dtype=exact)
-    problem: Exception | None = None
-    try:
-        with in_mode(graph.model, False), torch.inference_mode(False), torch.enable_grad():
-            state = {name: t.clone() for name, t in tensors.items()}
-            weights = {s.tensor: state[s.tensor].requires_grad_() for own in pieces.values() for s in own}
-            for value in _losses(graph, state, data, loss, device, dtype):
-                slopes = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
-                change = {
-                    name: weight.detach().to(exact) * slope.to(exact)
-                    for (name, weight), slope in zip(weights.items(), slopes, strict=True)
-                    if slope is not None
-                }
-                for name, own in pieces.items():
-                    parts = [_by_channel(change[s.tensor], s) for s in own if s.tensor in change]
-                    totals[name] += torch.stack(parts).sum(0).square() if parts else 0
-                count += 1
-                tick()
-    except Exception as error:
-        problem = error
-    agree(problem, device)
-    sum_over_processes_([count, *totals.values()])
-    if not float(count):
-        raise _empty()
-    return {(name, "products"): (total / count).cpu().double() for name, total in totals.items()}
-
-
-def _check_filters(pieces: Mapping[str, Sequence[Slice]]) -> None:
-    for name, own in pieces.items():
-        if not own:
-            raise CannotPrune(
-                f"group {name!r} has no filters to take gradients of: no weight writes its channels\n"
-                "  do: exclude it, or use a criterion that looks at weights, such as 'l1'"
-            )
-
-
-def _by_channel(change: torch.Tensor, piece: Slice) -> torch.Tensor:
-    """``[C]``: the sum over all that each channel owns in a tensor."""
-    along = change.movedim(piece.axis, 0).flatten(1).sum(1)
-    return along[torch.from_numpy(piece.positions).to(along.device)].sum(1)
-
-
-def _losses(
-    graph: Graph,
-    state: Mapping[str, torch.Tensor],
-    data: Iterable[Any],
-    loss: Loss,
-    device: torch.device,
-    dtype: torch.dtype | None,
-) -> Iterator[torch.Tensor]:
-    """The loss of every batch, of the user's own network with the tensors in ``state``."""
-
-    def moved(value: Any, *, cast: bool) -> Any:
-        tensors, skeleton = flatten(value)
-        # copies: a network may write into its inputs, which are the user's
-        kinds = [dtype if cast and t.is_floating_point() else None for t in tensors]
-        return unflatten(skeleton, [t.to(device, kind, copy=True) for t, kind in zip(tensors, kinds, strict=True)])
-
-    for number, batch in enumerate(data):
-        offer, _ = read_inputs(batch, graph, number)
-        if offer is batch:
-            raise BadRequest(
-                f"batch {number} of the data has no targets, and a loss needs them\n"
-                "  do: pass batches of (inputs, targets)"
-            )
-        args, kwargs = moved(as_arguments(offer), cast=True)
-        outputs = functional_call(graph.model, dict(state), args, kwargs)
-        try:
-            value = loss(outputs, moved(batch[1], cast=False))
-        except Exception as error:
-            error.add_note(f"while the loss of batch {number} of the calibration data was computed")
-            raise
-        yield _checked(value, number)
-
-
-def _checked(value: object, number: int) -> torch.Tensor:
-    problem = ""
-    if not isinstance(value, torch.Tensor):
-        problem = f"returned {type(value).__name__}, not a tensor"
-    elif value.numel() != 1:
-        problem = f"returned the shape {list(value.shape)}, not one number"
-    elif not bool(torch.isfinite(value).all()):
-        problem = f"is {float(value)}"
-    elif not value.requires_grad:
-        problem = "does not depend on the network's weights (detached, or computed without its outputs)"
-    if problem:
-        raise BadRequest(
-            f"the loss of batch {number} {problem}\n"
-            "  do: return a scalar tensor computed from the outputs, as torch.nn.functional.cross_entropy does"
-        )
-    assert isinstance(value, torch.Tensor)
-    return value.reshape(())

@@ -32,7 +32,7 @@ from secateur.sensitivities.choice import ratios_from
 from secateur.sensitivities.sweep import RATIOS
 
 if TYPE_CHECKING:
-    from secateur.zoo.data import Data
+    from secateur.zoo.data import Data, DataSettings
 
 FILE, NORMS, CURVES = "sensitivity.json", "norms.svg", "accuracy.svg"
 CALIBRATION = 16
@@ -96,6 +96,7 @@ def sensitivity(
                 residual=residual,  # type: ignore[arg-type]
                 retrain=_retraining(images, retrain_epochs, lr, seed, cpu=cpu),
                 path=folder / FILE,
+                note=_note(data, setting or (), batches, (retrain_epochs, lr)),
                 progress=progress,
                 seed=seed,
                 **evidence(criterion, images if needs_data(criterion) else None, CALIBRATION),
@@ -121,19 +122,24 @@ def register(app: typer.Typer) -> None:
 def open_images(name: str, settings: Sequence[str], seed: int) -> Data:
     """The data set of that name, read as ``--set data.KEY=VALUE`` says. Code that was named here may be imported: a
     person typed it. Raises BadRequest for keys and values that mean nothing, and what opening the set raises."""
-    from secateur.recipes import make_recipe
     from secateur.recipes.job import derived_seed
-    from secateur.recipes.schema import RANDOM
     from secateur.zoo.data import open_data
+
+    read = _data_settings(name, settings)
+    with show.working(f"opening {name}"):
+        return open_data(read, seed=derived_seed(seed, "data"), allow_import=True)
+
+
+def _data_settings(name: str, settings: Sequence[str]) -> DataSettings:
+    from secateur.recipes import make_recipe
+    from secateur.recipes.schema import RANDOM
 
     values: dict[str, Any] = {"model": {"name": "zoo:resnet20", "weights": RANDOM}, "data": {"name": name}}
     for text in settings:
         if not text.startswith("data."):
             raise BadRequest(f"--set {text!r} is not about the data\n  do: write data.KEY=VALUE, as in data.size=32")
         set_value(values, text)
-    recipe = make_recipe(values, name="--set" if settings else "--data")
-    with show.working(f"opening {name}"):
-        return open_data(recipe.data, seed=derived_seed(seed, "data"), allow_import=True)
+    return make_recipe(values, name="--set" if settings else "--data").data
 
 
 def opened(source: Source, images: Data) -> Subject:
@@ -243,6 +249,15 @@ def _validation(images: Data, batches: int | None) -> Any:
             f"of {images.name} no images are held out to choose ratios on\n  do: say --set data.validation=0.1"
         )
     return images.validation if batches is None else images.validation.first(batches)
+
+
+def _note(name: str, settings: Sequence[str], batches: int | None, retraining: tuple[int, float]) -> dict[str, Any]:
+    """What the curves depend on besides what the sweep sees itself."""
+    from secateur.recipes.trials import noted
+
+    epochs, lr = retraining
+    more = {"retraining": {"epochs": epochs, "lr": lr}} if epochs else {}
+    return noted(_data_settings(name, settings), batches, **more)
 
 
 def _placed(subject: Subject, *, cpu: bool) -> nn.Module:

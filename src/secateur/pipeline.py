@@ -15,6 +15,7 @@ from secateur.criteria import CRITERIA, check_given, label, reads, resolve
 from secateur.errors import BadRequest, WrongModel, nearest
 from secateur.graph import Graph, Inputs, trace
 from secateur.groups import Coupling, Prefer, couple
+from secateur.layer_weights import as_read
 from secateur.operations import costs_of
 from secateur.plans import Plan, fingerprint, input_specs
 from secateur.residuals import kept_whole, scored_by_projection
@@ -108,7 +109,8 @@ def _decide(graph: Graph, how: _Request) -> Plan:
     evidence: dict[str, dict[str, Any]] = {}
     if how.data is not None:
         evidence = collect(coupling, judged, reads(how.criterion), how.data, loss=how.loss)
-    scores = score(judged, graph.tensors, how.criterion, seed=how.seed, evidence=evidence)
+    shown, tensors = as_read(coupling, judged, reads(how.criterion))
+    scores = score(shown, tensors, how.criterion, seed=how.seed, evidence=evidence)
     keep = allocate(
         coupling.groups,
         scores,

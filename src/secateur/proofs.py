@@ -28,15 +28,20 @@ Outputs = tuple[torch.Tensor, ...]
 
 @dataclass(frozen=True, eq=False)
 class Proof:
-    """What a candidate is compared with. ``state``: dense weights to build it from; ``inputs``: flat tensors;
-    ``wanted``: eval outputs of the masked network; ``wanted_train``: those of its train pass, if that was captured."""
+    """What a candidate is compared with. ``state``: dense weights to build it from; ``inputs``: flat tensors, copies
+    for every run, since a network may write into its inputs; ``wanted``: eval outputs of the masked network;
+    ``wanted_train``: those of its train pass, if that was captured."""
 
     coupling: Coupling
     state: State
-    inputs: Sequence[torch.Tensor]
+    examples: Sequence[torch.Tensor]
     wanted: Outputs
     wanted_train: Outputs | None
     tolerance: float
+
+    @property
+    def inputs(self) -> list[torch.Tensor]:
+        return _copies(self.examples)
 
     @property
     def coarse(self) -> bool:
@@ -56,7 +61,7 @@ def prove(coupling: Coupling, class_keep: torch.Tensor, *, copies: int = 1, anew
             state = make(tensors)
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                wanted = run_masked(coupling, class_keep, state, inputs)
+                wanted = run_masked(coupling, class_keep, state, _copies(inputs))
                 why = _tells_nothing(wanted)
                 if not why:
                     train = _masked_train(coupling, class_keep, state, inputs)
@@ -70,15 +75,16 @@ def prove(coupling: Coupling, class_keep: torch.Tensor, *, copies: int = 1, anew
 def difference(proof: Proof, trial: nn.Module) -> float:
     """The largest relative difference between ``trial`` and the masked network, train pass included."""
     _, skeleton = flatten((proof.coupling.graph.args, dict(proof.coupling.graph.kwargs)))
-    args, kwargs = unflatten(skeleton, proof.inputs)
     with torch.no_grad():
         with in_mode(trial, False), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
+            args, kwargs = unflatten(skeleton, proof.inputs)
             found = tuple(flatten(trial(*args, **kwargs))[0])
         worst = relative_difference(found, proof.wanted)
         if proof.wanted_train is not None and worst <= proof.tolerance:
             with in_mode(trial, True), _NoDropout(), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
+                args, kwargs = unflatten(skeleton, proof.inputs)
                 found = tuple(flatten(trial(*args, **kwargs))[0])
             worst = max(worst, relative_difference(found, proof.wanted_train))
     return worst
@@ -151,6 +157,10 @@ def _double(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor.clone()
 
 
+def _copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [t.clone() for t in tensors]
+
+
 def _example(coupling: Coupling) -> list[torch.Tensor]:
     """The user's example as the capture has it: two examples of what is batched."""
     graph = coupling.graph
@@ -193,7 +203,7 @@ def _masked_train(
     own = {name: t.clone() for name, t in state.items()}  # running statistics move in train mode
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return run_masked(coupling, class_keep, own, inputs, index=1)
+        return run_masked(coupling, class_keep, own, _copies(inputs), index=1)
 
 
 class _NoDropout(TorchFunctionMode):

@@ -7,6 +7,7 @@ training happened to give a layer, so only the distribution inside a group carri
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 
 from secateur.core import Criterion, Group, GroupView, MapStatistics
 from secateur.criteria import EVIDENCE, is_ours, label, reads, resolve
-from secateur.errors import BadRequest, CannotPrune
+from secateur.errors import BadRequest, CannotPrune, SecateurWarning
 from secateur.views import view
 
 
@@ -34,7 +35,7 @@ def score(
     ``evidence``: what ``calibration.collect`` measured, ``{group name: {field: value}}``, for a criterion that looks at
     activations or gradients. Raises ``BadRequest`` for an unknown criterion, for one that returns anything but ``[C]``
     real numbers and for evidence that is missing or another group's, and ``CannotPrune`` for weights or scores that
-    are not finite.
+    are not finite. Warns (``SecateurWarning``) of groups whose channels all score the same.
     """
     function, fields, name = resolve(criterion), reads(criterion), label(criterion)
     scores: dict[str, torch.Tensor] = {}
@@ -45,7 +46,23 @@ def score(
         if not is_ours(function):  # it might write into the user's own weights, or into what others will be shown
             seen = _copied(seen)
         scores[group.name] = _checked(_call(function, seen, name), group, name)
+    _warn_of_ties(scores, name)
     return scores
+
+
+def _warn_of_ties(scores: Mapping[str, torch.Tensor], label: str) -> None:
+    """A criterion that says nothing of a group would keep its first channels without a word."""
+    tied = [name for name, own in scores.items() if len(own) > 1 and bool((own == own[0]).all())]
+    if tied:
+        shown = ", ".join(map(repr, tied[:5])) + (f" and {len(tied) - 5} more" if len(tied) > 5 else "")
+        warnings.warn(
+            f"criterion {label!r} scores all channels of a group the same, in {len(tied)} of {len(scores)} groups "
+            f"({shown}): it does not tell which of them matter, and their first channels stay\n"
+            "  do: exclude these groups, or use a criterion that tells their channels apart, such as 'l1' (zeros say "
+            "nothing behind a SiLU, deviations nothing of maps of one position, scales nothing before training)",
+            SecateurWarning,
+            stacklevel=5,
+        )
 
 
 def _evidence(

@@ -22,7 +22,9 @@ import torch
 
 from secateur.allocation import highest
 from secateur.core import Criterion, Group
+from secateur.criteria import reads
 from secateur.groups import Coupling
+from secateur.layer_weights import as_read
 from secateur.scores import score
 
 Tensors = dict[str, torch.Tensor]
@@ -48,14 +50,15 @@ def front_to_back(
     ``score``; statistics of activations are those of the dense network. Each group is scored once, so that this costs
     no more than independent selection, but for the copies of weights.
     """
-    tensors: Tensors = dict(coupling.graph.tensors)
+    read, tensors = as_read(coupling, [*judged.values(), *coupling.groups], reads(criterion))
+    seen = {group.name: group for group in read[: len(judged)]}
+    groups = {group.name: group for group in read[len(judged) :]}
     copied: set[str] = set()
-    groups = {group.name: group for group in coupling.groups}
     keep = {name: tuple(range(group.channels)) for name, group in groups.items()}
     for name in forward_order(coupling):
         width = widths.get(name, groups[name].channels)
         if width < groups[name].channels:
-            found = score([judged[name]], tensors, criterion, n_keep={name: width}, seed=seed, evidence=evidence)
+            found = score([seen[name]], tensors, criterion, n_keep={name: width}, seed=seed, evidence=evidence)
             keep[name] = highest(found[name], width)
             _leave_out(groups[name], keep[name], tensors, copied)
     return keep

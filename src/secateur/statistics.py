@@ -31,6 +31,17 @@ def accumulator(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def place_of(graph: Graph) -> tuple[dict[str, torch.Tensor], torch.device, torch.dtype | None]:
+    """The network's tensors, detached, floats in at least float32; where they are, and their dtype."""
+    tensors = {name: t.detach() for name, t in graph.tensors.items()}
+    floats = [t for t in tensors.values() if t.is_floating_point()]
+    if not floats:
+        return tensors, torch.device("cpu"), None
+    dtype = torch.promote_types(floats[0].dtype, torch.float32)
+    tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+    return tensors, floats[0].device, dtype
+
+
 # ---------------------------------------------------------------------------------------------------------- moments
 
 
@@ -151,16 +162,22 @@ def _shown(wanted: Sequence[int | str], any_length: bool) -> str:
     return f"[{', '.join(map(str, (['any'] if any_length else []) + list(wanted)))}]"
 
 
+def no_batches() -> BadRequest:
+    """For data without a single batch."""
+    return BadRequest(
+        "data has no batches (an iterator that was read before?)\n  do: pass a DataLoader or a list of batches"
+    )
+
+
 def check_repeatable(data: Iterable[Any], who: str) -> None:
     """Raises ``BadRequest`` for what can be read only once."""
-    try:
-        once = iter(data) is data
-    except TypeError:
+    # iter() is asked of nothing but iterators: a DataLoader's draws from the global generator
+    if not hasattr(type(data), "__iter__") and not hasattr(type(data), "__getitem__"):
         raise BadRequest(
             f"{who} needs data that can be read batch by batch, not {type(data).__name__}\n"
             "  do: pass a DataLoader or a list of batches"
-        ) from None
-    if once:
+        )
+    if isinstance(data, Iterator) and iter(data) is data:
         raise BadRequest(
             f"data can be read only once ({type(data).__name__}), and {who} may read it several times\n"
             "  do: pass a DataLoader or a list of batches"

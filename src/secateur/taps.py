@@ -20,6 +20,7 @@ from secateur.core import Group, Slice
 from secateur.errors import CannotPrune, nearest
 from secateur.groups import Coupling
 from secateur.labels import compress, varying
+from secateur.layer_weights import forms_of
 from secateur.nodes import named_args, op_name, shape_of, source_line
 
 ACTIVATIONS = frozenset(
@@ -55,9 +56,14 @@ class Tap:
 
 
 def filters_of(group: Group, coupling: Coupling) -> list[Slice]:
-    """The slices of ``group`` that are filters: it is written there, by a weight of two or more axes."""
+    """The slices of ``group`` that are filters: it is written there, by a weight of two or more axes. A vector of which
+    the forward computes such a weight counts as well."""
     tensors = coupling.graph.tensors
-    return [s for s in group.slices if s.role == "writes" and tensors[s.tensor].dim() >= 2]
+
+    def is_filter(name: str) -> bool:
+        return tensors[name].dim() >= 2 or any(len(shape_of(form[0]) or ()) >= 2 for form in forms_of(coupling, name))
+
+    return [s for s in group.slices if s.role == "writes" and is_filter(s.tensor)]
 
 
 def map_taps(coupling: Coupling, group: Group) -> list[Tap]:

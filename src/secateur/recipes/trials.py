@@ -10,12 +10,13 @@ folder has what is known after every single trial, and a run that was interrupte
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
 
 from torch.nn.functional import cross_entropy
 
-from secateur.allocation import excluded_groups, fixed_widths
+from secateur.allocation import excluded_groups, fixed_widths, width_at
 from secateur.core import Budget
 from secateur.criteria import needs_data, needs_loss
 from secateur.errors import BadArtifact, BadRequest
@@ -34,6 +35,7 @@ from secateur.sensitivities import GroupCurve
 from secateur.sensitivities import Sensitivity as Found
 from secateur.sensitivities.choice import ratios_from
 from secateur.sensitivities.sweep import sensitivity
+from secateur.zoo.data import DataSettings
 
 PHASE, CURVES = "sensitivity", "sensitivity.json"
 
@@ -59,6 +61,7 @@ def measure(job: Job, progress: Progress, *, before: str) -> Facts:
             exclude=_untried(graph, prune),
             residual=prune.residual,
             path=job.folder.path / CURVES,
+            note=noted(job.recipe.data, asked.batches),
             progress=lambda done, total, text: progress(done, total, {}),
             seed=job.seed("prune"),
         )
@@ -116,6 +119,13 @@ def evidence(job: Job, criterion: str, *, batches: int | None = None) -> Options
     return found
 
 
+def noted(data: DataSettings, batches: int | None, **more: Any) -> dict[str, Any]:
+    """What a sweep cannot know of what it is measured on, JSON values: curves of other images do not go on. Where the
+    files lie, and how many processes read them, changes no image."""
+    settings = {name: value for name, value in asdict(data).items() if name not in ("root", "workers")}
+    return {"data": settings, "batches": batches, **more}
+
+
 def open_curves(folder: RunFolder) -> Found | None:
     """What was measured; None where nothing was. Raises BadArtifact where it is damaged."""
     path = folder.path / CURVES
@@ -137,7 +147,7 @@ def _imagined(graph: Graph, prune: Prune) -> Found:
     curves = []
     for group in coupling.groups:
         if group.name not in untried:
-            keep = tuple(max(1, math.floor(group.channels * (1 - ratio) + 1e-9)) for ratio in asked.ratios)
+            keep = tuple(width_at(group.channels, ratio) for ratio in asked.ratios)
             curves.append(GroupCurve(group.name, group.channels, "", keep, (1.0,) * len(keep)))
     return Found(fingerprint(graph.model), prune.criterion, asked.ratios, 1.0, tuple(curves))
 

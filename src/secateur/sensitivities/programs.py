@@ -4,7 +4,8 @@ The values are those of ``interpreter.run_masked`` to the last bit, at less cost
 
 - An elementwise operation writes into its operand where nothing else will ever look at that.
 - A layer that sums over removed channels has zeros in its weights rather than in what it reads. A zero times anything
-  finite is zero; should an output not be finite, it is computed again with zeros in what is read.
+  finite is zero; what is not finite becomes NaN, is carried on to the outputs, and the run is done again with zeros in
+  what is read. So this is for layers behind which all operations are known to carry NaN on.
 
 What a run begins with is never written into, in-place operations of the user's among them: their operand is then copied
 first, together with all live views of it.
@@ -36,6 +37,26 @@ IN_PLACE: dict[Any, Any] = {
     _aten.mul.Tensor: _aten.mul_.Tensor,
 }
 """Operations that give the same bits in place."""
+CARRIERS = frozenset(
+    {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear"}
+    | {"batch_norm", "layer_norm", "group_norm", "instance_norm", "add", "sub", "mul", "relu", "leaky_relu", "hardtanh"}
+    | {"hardswish", "sigmoid", "silu", "tanh", "gelu", "elu", "mean", "sum", "amax", "max_pool1d", "max_pool2d"}
+    | {"avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "dropout", "cat", "pad"}
+    | {
+        "view",
+        "reshape",
+        "flatten",
+        "unflatten",
+        "permute",
+        "transpose",
+        "unsqueeze",
+        "squeeze",
+        "expand",
+        "contiguous",
+    }
+    | {"clone", "detach", "alias", "lift_fresh_copy", "slice", "select", "chunk", "split", "unbind", "getitem"}
+)
+"""Operations whose results are NaN wherever they depend on an operand that is."""
 _COMMUTATIVE = (_aten.add.Tensor, _aten.mul.Tensor)
 
 
@@ -57,6 +78,9 @@ class Cut:
 
     masks: Masks
     start: int
+
+    def __deepcopy__(self, memo: object) -> Cut:
+        return self
 
 
 @dataclass(eq=False)
@@ -82,6 +106,7 @@ class Program:
         self.output = nodes[-1]
         last = {source: node for node in nodes for source in node.all_input_nodes}
         self.steps = [_step(n, last) for n in nodes if n.op == "call_function"]
+        self._silent = max((i for i, step in enumerate(self.steps) if not _carries(step.node)), default=-1)
         everything = torch.ones(len(coupling.group_of), dtype=torch.bool)
         self.dense = Cut(Masks(coupling, everything), len(self.steps))
 
@@ -98,7 +123,7 @@ class Program:
     def zeroed(self, cut: Cut, values: Values) -> dict[fx.Node, dict[fx.Node, torch.Tensor]]:
         """The weights with zeros where the cut's removed channels are read, for every step where that will do."""
         found = {}
-        for step in self.steps[cut.start :]:
+        for step in self.steps[max(cut.start, self._silent + 1) :]:
             weight = _zeroed_weight(step.node, cut.masks, values.fixed)
             if weight is not None:
                 found[step.node] = weight
@@ -267,6 +292,13 @@ def _arguments(node: fx.Node, env: Mapping[fx.Node, Any]) -> tuple[tuple[Any, ..
 
 def _finite(value: Any) -> bool:
     return not isinstance(value, torch.Tensor) or bool(torch.isfinite(value).all())
+
+
+def _carries(node: fx.Node) -> bool:
+    """Whether nothing that is NaN can get lost in a call: its result, and all that depends on it, would be NaN."""
+    value = node.meta.get("val")
+    floating = all(t.is_floating_point() for t in _tensors([value]))
+    return op_name(node) == "sym_size" or (op_name(node) in CARRIERS and floating)
 
 
 def _autocast(device: torch.device) -> bool:

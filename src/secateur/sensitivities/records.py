@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from math import isnan, nan
+from math import isclose, isnan, nan
 from pathlib import Path
 
 from secateur.errors import BadArtifact, SecateurError, WrongModel
@@ -24,7 +24,13 @@ from secateur.sensitivities.curves import Sensitivity
 Cell = tuple[str, str, int]
 """Group, ``"scores"`` or ``"retrained"``, and the number of the ratio; ``("", "dense", 0)``."""
 DENSE: Cell = ("", "dense", 0)
-SETTINGS = ("criterion", "ratios")
+ROOM = 1e-6
+"""How far scores of the dense network may lie apart, relatively: processes may sum up differently."""
+ANEW = "  do: choose another file, or delete this one to start anew"
+_DIGESTS = {
+    "weights": "is of the same network with other weights",
+    "kept": "was made with other channels kept: the criterion, or what it was shown, has changed",
+}
 
 
 def cells_of(found: Sensitivity) -> dict[Cell, float]:
@@ -117,6 +123,8 @@ def _put_together(path: Path, draft: Sensitivity) -> dict[Cell, float]:
     for file in (*([path] if path.exists() else []), *parts):
         found = _read(file)
         _check_same(file, draft, found)
+        if DENSE in cells and not isnan(found.dense):
+            check_dense(file, found.dense, cells[DENSE])
         cells |= {cell: score for cell, score in cells_of(found).items() if not isnan(score)}
     if parts:
         write(path, filled(draft, cells))
@@ -146,29 +154,48 @@ def _read(path: Path) -> Sensitivity:
         raise BadArtifact(f"{path}: {error}\n  do: choose another file, or delete this one to start anew") from None
 
 
+def check_dense(path: Path | None, known: float, found: float) -> None:
+    """Raises ``BadArtifact`` if the dense network no longer scores what is on record."""
+    if not isclose(known, found, rel_tol=ROOM, abs_tol=ROOM * ROOM):
+        raise BadArtifact(
+            f"{path} was made with an evaluate that gives the dense network {known!r}, and now it gets {found!r}\n"
+            f"  its data, or how it computes a score, have changed; curves of both would not fit together\n{ANEW}"
+        )
+
+
 def _check_same(path: Path, draft: Sensitivity, found: Sensitivity) -> None:
     """Raises ``BadArtifact`` unless ``found`` is a part of the sweep that ``draft`` begins."""
-    anew = "  do: choose another file, or delete this one to start anew"
     try:
         compare_shapes(found.model, draft.model, ("its network", "this model"))
     except WrongModel as error:
-        raise BadArtifact(f"{path} is the sensitivity of another model: {error}\n{anew}") from None
-    ours, theirs = _settings(draft), _settings(found)
-    for name in (*ours, *theirs):
-        if ours.get(name) != theirs.get(name):
-            if name == "weights":
-                raise BadArtifact(f"{path} is of the same network with other weights\n{anew}")
-            raise BadArtifact(
-                f"{path} was made with {name}={theirs.get(name)!r}, and now it is {ours.get(name)!r}\n{anew}"
-            )
+        raise BadArtifact(f"{path} is the sensitivity of another model: {error}\n{ANEW}") from None
+    difference = _difference(_settings(draft), _settings(found))
+    if difference is not None:
+        raise BadArtifact(f"{path} {_DIGESTS.get(difference[0], difference[1])}\n{ANEW}")
     for mine, other in zip(draft.curves, found.curves, strict=True):
         if mine.keep != other.keep or len(mine.retrained) != len(other.retrained):
-            raise BadArtifact(f"{path} was made with other widths of group {mine.group!r}\n{anew}")
+            raise BadArtifact(f"{path} was made with other widths of group {mine.group!r}\n{ANEW}")
+
+
+def _difference(ours: Mapping[str, object], theirs: Mapping[str, object], where: str = "") -> tuple[str, str] | None:
+    """The name of the first setting that differs, and what to say of it; None if they are the same."""
+    for name in dict.fromkeys((*ours, *theirs)):
+        here, there = ours.get(name), theirs.get(name)
+        if here == there and (name in ours) == (name in theirs):
+            continue
+        full = f"{where}{name}"
+        if isinstance(here, Mapping) and isinstance(there, Mapping):
+            return _difference(here, there, f"{full}.")
+        was = f"with {full}={there!r}" if name in theirs else f"without {full}"
+        now = f"it is {here!r}" if name in ours else "there is none"
+        return full, f"was made {was}, and now {now}"
+    return None
 
 
 def _settings(found: Sensitivity) -> dict[str, object]:
-    """What must be the same for two runs to be parts of one sweep. The version of the library need not."""
+    """What must be the same for two runs to be parts of one sweep, digests last: a name says more. The version of the
+    library need not be."""
     settings: dict[str, object] = {"criterion": found.criterion, "ratios": list(found.ratios), **found.made_by}
     settings.pop("secateur", None)
     settings["groups"] = [curve.group for curve in found.curves]
-    return settings
+    return settings | {name: settings.pop(name) for name in _DIGESTS if name in settings}

@@ -9,11 +9,10 @@ so that a whole sweep runs the dense network once.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -24,6 +23,7 @@ from secateur.masks import register
 from secateur.nests import unflatten
 from secateur.nodes import shape_of
 from secateur.plans import Plan, fingerprint, input_specs
+from secateur.sensitivities.parts import treats_examples_apart
 from secateur.sensitivities.programs import Cut, Program, Values, draws, live_bytes
 from secateur.surgery import apply
 
@@ -58,8 +58,9 @@ class Suffixes:
         self.quick = self.runs and not draws(self.coupling)
         self.program = Program(self.coupling)
         self.cut = self.program.dense
-        self.network_: Network | None = None
-        self._trusted: dict[str, object] = {}
+        self._apart = treats_examples_apart(capture)
+        self._template = Network(self, self.cut)
+        self._dense: dict[torch.device | None, dict[str, torch.Tensor]] = {}
         self._weights: dict[object, Any] = {}
         self._held: list[_Batch] = []
         self._next = 0
@@ -71,26 +72,28 @@ class Suffixes:
         return self.program.cut(self.coupling.class_keep({group: range(1, channels)})).start
 
     def network(self, keep: Keep) -> nn.Module:
-        """The network with only these channels of the groups in ``keep``. The one before is not to be used any more."""
+        """A new network with only these channels of the groups in ``keep``, which nothing that was done to earlier ones
+        has touched. Those still compute what they did, but slowly."""
         if not self.runs:
             return apply(self.coupling.graph, plan_for(self.coupling, keep))
-        if self.network_ is None or not self._trusts(self.network_.tensors()):
-            self.network_ = Network(self)
-            self._trusted = {name: _mark(tensor) for name, tensor in self.network_.tensors().items()}
-            self._held.clear()
         self._held = [batch for batch in self._held if batch.used]
         for batch in self._held:
             batch.used = False
         self._next = 0
-        self.cut = self.network_.__dict__["_cut"] = self.program.cut(self.coupling.class_keep(keep))
+        self.cut = self.program.cut(self.coupling.class_keep(keep))
         self._weights.clear()
-        return self.network_
+        network: Network = _twin(self._template)
+        network.begin_(self, self.cut)
+        return network
 
     def outputs(self, state: Mapping[str, torch.Tensor], inputs: Tensors, cut: Cut) -> tuple[torch.Tensor, ...]:
         """What the network with ``cut`` computes of ``inputs``."""
-        if not self.quick or cut is not self.cut or torch.is_grad_enabled() or not self._trusts(state):
+        quick = self.quick and cut is self.cut and not torch.is_grad_enabled() and all(map(_keeps_layout, inputs))
+        # nothing that is held may lie in tensors which the user has in hand: the dense ones stand in for those
+        own = self._trusted(state) if quick else None
+        if own is None:
             return run_masked(self.coupling, cut.masks.class_keep, state, inputs)
-        values = self.program.values(state, inputs)
+        values = self.program.values(own, inputs)
         parts = self._part_size(inputs, values)
         device = values.adapt.device
         if device not in self._weights:
@@ -99,6 +102,9 @@ class Suffixes:
         values.weights = self._weights[device]
         found = [self.program.finish(env, cut, values) for env in batch.envs]
         return found[0] if len(found) == 1 else tuple(map(torch.cat, zip(*found, strict=True)))
+
+    def __deepcopy__(self, memo: object) -> Suffixes:
+        return self
 
     # What is held --------------------------------------------------------------------------------------------------
 
@@ -131,82 +137,79 @@ class Suffixes:
 
     # Whose weights -------------------------------------------------------------------------------------------------
 
-    def _trusts(self, state: Mapping[str, torch.Tensor]) -> bool:
-        """Whether the tensors are those of the dense network: what somebody has touched since it was looked last (a
-        counter that was put back, a network that was moved to another device) is compared."""
-        own: dict[str, torch.Tensor] = {}
-        for name, tensor in state.items():
-            mark = _mark(tensor)
-            if self._trusted.get(name) != mark:
-                own = own or self.coupling.graph.tensors
-                if tensor.dtype != own[name].dtype or not torch.equal(tensor.to(own[name].device), own[name]):
-                    return False
-                self._trusted[name] = mark
-        return True
+    def _dense_on(self, devices: set[torch.device]) -> dict[str, torch.Tensor]:
+        """The dense network's tensors, which nobody else has in hand: where the user has them, or on one device."""
+        device = devices.pop() if len(devices) == 1 else None
+        if device not in self._dense:
+            # once made, they are not to be tensors of inference mode, even if that is on
+            with torch.inference_mode(False), torch.no_grad():
+                own = self._template.tensors()
+                self._dense[device] = {name: t.detach().to(device or t.device) for name, t in own.items()}
+        return self._dense[device]
+
+    def _trusted(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
+        """The dense network's tensors if ``state`` is like them, bit for bit; None if not.
+
+        All values are compared each time: there are ways to write that leave no trace, ``.data`` and ``.numpy()``.
+        """
+        own = self._dense_on({tensor.device for tensor in state.values()})
+        return own if all(_same(tensor, own[name]) for name, tensor in state.items()) else None
 
     # Parts of batches ----------------------------------------------------------------------------------------------
 
     def _part_size(self, inputs: Tensors, values: Values) -> int:
-        """How many examples are run at a time; 0 for all. Small parts are quicker, and taken if the dense network gives
-        the same bits then, which it does not if examples have to do with each other."""
-        key = tuple(t.stride() for t in inputs), _context(inputs), torch.get_num_threads()
+        """How many examples are run at a time; 0 for all. Small parts are quicker, and taken if examples have nothing
+        to do with each other and, of this shape, whole and in parts give the same bits."""
+        key = _context(inputs)
         if key not in self._parts:
             size = self._likely_size(inputs)
-            self._parts[key] = size if size and self._same(inputs, size, values) else 0
+            self._parts[key] = size if size and self._same_in_parts(inputs, size, values) else 0
         return self._parts[key]
 
     def _likely_size(self, inputs: Tensors) -> int:
-        capture = self.coupling.graph.captures[0]
-        if not all(capture.batched) or inputs[0].device.type != "cpu":
+        if not self._apart or inputs[0].device.type != "cpu":
             return 0
         count = len(inputs[0])
         largest = max((_bytes_of_example(step.node) for step in self.program.steps), default=0)
         size = max(SMALLEST_PART, PART_BYTES * torch.get_num_threads() // max(1, largest))
         return size if size < count and all(len(t) == count for t in inputs) else 0
 
-    def _same(self, inputs: Tensors, size: int, values: Values) -> bool:
-        dense = self.program.dense
-        everything, *parts = (self._dense(tensors, values, dense) for tensors in (inputs, *_split(inputs, size)))
-        if not all(isinstance(t, torch.Tensor) and t.dim() and len(t) == len(inputs[0]) for t in everything):
-            return False
+    def _same_in_parts(self, inputs: Tensors, size: int, values: Values) -> bool:
+        everything, *parts = (self._run_dense(tensors, values) for tensors in (inputs, *_split(inputs, size)))
         joined = tuple(map(torch.cat, zip(*parts, strict=True)))
-        return all(map(torch.equal, everything, joined))
+        return all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(everything, joined, strict=True))
 
-    def _dense(self, inputs: Sequence[torch.Tensor], values: Values, dense: Cut) -> tuple[torch.Tensor, ...]:
-        env = self.program.begin(inputs)
+    def _run_dense(self, inputs: Sequence[torch.Tensor], values: Values) -> tuple[torch.Tensor, ...]:
+        env, dense = self.program.begin(inputs), self.program.dense
         self.program.advance_(env, (0, dense.start), values, inputs)
         return self.program.finish(env, dense, values)
 
 
 class Network(nn.Module):
-    """The dense network with copies of its tensors, which computes its eval pass with the channels of one cut."""
+    """The dense network with tensors of its own, which computes its eval pass with the channels of one cut."""
 
-    def __init__(self, suffixes: Suffixes) -> None:
+    def __init__(self, suffixes: Suffixes, cut: Cut) -> None:
         super().__init__()
+        register(self, {name: _copy(tensor) for name, tensor in suffixes.coupling.graph.tensors.items()})
+        self.begin_(suffixes, cut)
+
+    def begin_(self, suffixes: Suffixes, cut: Cut) -> None:
         # not plain attributes: the user's modules may bear any name
-        self.__dict__["_suffixes"], self.__dict__["_cut"] = suffixes, suffixes.cut
-        own = {name: _own(t) for name, t in suffixes.coupling.graph.tensors.items()}
-        register(self, own)
-        self.__dict__["_places"] = {name: _place(self, name) for name in own}
+        self.__dict__["_suffixes"], self.__dict__["_cut"] = suffixes, cut
+        holders = dict(self.named_modules())
+        names = [(name, name.rpartition(".")) for name in suffixes.coupling.graph.tensors]
+        self.__dict__["_places"] = {name: (holders[path], leaf) for name, (path, _, leaf) in names}
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """As they are now, by name."""
-        places: dict[str, tuple[dict[str, Any], str]] = self.__dict__["_places"]
-        return {name: holder[leaf] for name, (holder, leaf) in places.items()}
+        places: dict[str, tuple[nn.Module, str]] = self.__dict__["_places"]
+        return {name: _tensor_at(*place) for name, place in places.items()}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         suffixes: Suffixes = self.__dict__["_suffixes"]
         graph = suffixes.coupling.graph
         out = suffixes.outputs(self.tensors(), graph.inputs.flat(args, kwargs), self.__dict__["_cut"])
         return unflatten(graph.captures[0].skeleton, out)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Network:
-        twin = Network(self.__dict__["_suffixes"])
-        twin.__dict__["_cut"] = self.__dict__["_cut"]
-        for name, tensor in self.tensors().items():
-            holder, leaf = _place(twin, name)
-            holder[leaf] = copy.deepcopy(tensor, memo)
-        return twin.train(self.training)
 
 
 def plan_for(coupling: Coupling, keep: Keep) -> Plan:
@@ -217,32 +220,52 @@ def plan_for(coupling: Coupling, keep: Keep) -> Plan:
     return Plan(coupling.groups, every, fingerprint(graph.model), inputs=inputs, graph=graph)
 
 
-def _place(root: nn.Module, name: str) -> tuple[dict[str, Any], str]:
-    """The dict that holds a tensor, and its key there."""
-    path, _, leaf = name.rpartition(".")
-    holder = root.get_submodule(path)
-    return (holder._parameters if leaf in holder._parameters else holder._buffers), leaf
+def _twin(module: nn.Module) -> Any:
+    """A copy of a module that nobody has done anything to: that is quicker than to build one."""
+    twin = module.__new__(type(module))
+    fields = {name: value.copy() if isinstance(value, dict) else value for name, value in module.__dict__.items()}
+    fields["_parameters"] = {name: _copy(tensor) for name, tensor in module._parameters.items() if tensor is not None}
+    fields["_buffers"] = {name: _copy(tensor) for name, tensor in module._buffers.items() if tensor is not None}
+    fields["_modules"] = {name: _twin(part) for name, part in module.named_children()}
+    twin.__dict__.update(fields)
+    return twin
 
 
-def _own(tensor: torch.Tensor) -> torch.Tensor:
+def _tensor_at(holder: nn.Module, leaf: str) -> torch.Tensor:
+    """A tensor of a module, found even if the module has something else under its name, or computes it by now."""
+    found: Any = holder._parameters.get(leaf)
+    found = holder._buffers.get(leaf) if found is None else found
+    return cast(torch.Tensor, getattr(holder, leaf) if found is None else found)
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
     value = tensor.detach().clone()
     return nn.Parameter(value, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+
+
+def _same(tensor: torch.Tensor, own: torch.Tensor) -> bool:
+    """Whether a layer would compute the same of both: the memory layout counts, and a tensor of another class may be
+    anything."""
+    plain = type(tensor) in (torch.Tensor, nn.Parameter)
+    alike = plain and tensor.dtype == own.dtype and tensor.device == own.device and tensor.stride() == own.stride()
+    return alike and torch.equal(tensor, own)
 
 
 def _split(inputs: Tensors, size: int) -> list[Tensors]:
     return [list(part) for part in zip(*(t.split(size) for t in inputs), strict=True)] if size else [list(inputs)]
 
 
-def _mark(tensor: torch.Tensor) -> object:
-    """What changes when somebody writes into a tensor, or puts other values into its place."""
-    return id(tensor), tensor.data_ptr(), None if tensor.is_inference() else tensor._version
-
-
 def _context(inputs: Tensors) -> object:
     """What else, besides values, decides what a network computes."""
     kind = inputs[0].device.type
     cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return tuple((t.shape, t.dtype, t.device) for t in inputs), torch.is_inference_mode_enabled(), cast
+    kinds = tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs)
+    return kinds, torch.is_inference_mode_enabled(), cast, torch.get_num_threads()
+
+
+def _keeps_layout(tensor: torch.Tensor) -> bool:
+    """Whether a copy lies in memory as the tensor does: not if it has gaps or repeats."""
+    return torch.empty_like(tensor, device="meta").stride() == tensor.stride()
 
 
 def _bytes_of_example(node: torch.fx.Node) -> int:

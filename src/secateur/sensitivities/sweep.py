@@ -7,28 +7,28 @@ on held-out data, nothing is retrained (figure 2b), or each network shortly (fig
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from itertools import pairwise
-from numbers import Real
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from secateur.allocation import excluded_groups, highest
+from secateur.allocation import excluded_groups, highest, width_at
 from secateur.calibration import collect
 from secateur.core import Criterion, Evaluate, Group
-from secateur.criteria import check_given, label, reads
+from secateur.criteria import label, reads
 from secateur.errors import BadRequest, CannotPrune, nearest
 from secateur.graph import Graph, Inputs, trace
 from secateur.groups import Coupling, couple
-from secateur.measurement import accuracy
-from secateur.nodes import op_name, shape_of
+from secateur.layer_weights import as_read
+from secateur.nodes import shape_of
 from secateur.plans import fingerprint, named_tensors
 from secateur.processes import gathered, is_main, rank, world
 from secateur.recover.randomness import kept_randomness, seed_all
@@ -36,14 +36,22 @@ from secateur.residuals import kept_whole, scored_by_projection
 from secateur.scores import normalise, score
 from secateur.selection import forward_order
 from secateur.sensitivities.curves import GroupCurve, Sensitivity
-from secateur.sensitivities.records import DENSE, Cell, earlier, filled, finish, own_file, write
+from secateur.sensitivities.records import DENSE, Cell, check_dense, earlier, filled, finish, own_file, write
+from secateur.sensitivities.requests import (
+    as_function,
+    check_request,
+    checked_names,
+    checked_note,
+    checked_path,
+    checked_ratios,
+    checked_score,
+)
 from secateur.sensitivities.suffix import Suffixes, plan_for
-from secateur.statistics import check_repeatable
 from secateur.surgery import apply
+from secateur.taps import map_taps
 from secateur.version import __version__
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-RESIDUALS = ("coupled", "inner", "projection")
 Progress = Callable[[int, int, str], None]
 Retrain = Callable[[nn.Module], None]
 
@@ -75,6 +83,7 @@ def sensitivity(
     residual: Literal["coupled", "inner", "projection"] = "coupled",
     retrain: Retrain | None = None,
     path: str | os.PathLike[str] | None = None,
+    note: Mapping[str, Any] = MappingProxyType({}),
     max_bytes: int = 2**30,
     progress: Progress | None = None,
     seed: int = 0,
@@ -90,8 +99,12 @@ def sensitivity(
     ``ratios``: fractions removed, rising; a group of ``n`` channels keeps ``floor(n (1 - ratio) + 1e-9)``, at least 1.
     ``groups``: names or globs, all free groups if empty; ``exclude``: those to leave out. ``criterion``, ``data``,
     ``loss`` and ``residual`` as for ``plan``. ``retrain``: trains the small network that it is given in place, which is
-    then evaluated as well. ``path``: a JSON file that is written after every evaluation, and from which the same call
-    goes on. ``progress(done, total, text)`` is called in the main process, about its own part.
+    then evaluated as well. ``progress(done, total, text)`` is called in the main process, about its own part.
+
+    ``path``: a JSON file that is written after every evaluation, and from which the same call goes on: the model, the
+    options, the channels that stay and the score of the dense network, which is evaluated again, must be the same.
+    What else ``evaluate`` and ``retrain`` depend on is for ``note`` to say, a mapping of JSON values (which images, how
+    many epochs) that is kept in ``made_by`` and must be the same too.
 
     Under ``torchrun`` the groups are spread over the processes, and all get the same whole result: ``evaluate`` and
     ``retrain`` must see all data in every process, and may not wait for the others.
@@ -99,29 +112,29 @@ def sensitivity(
     Raises ``BadRequest`` for arguments out of range and an ``evaluate`` that gives no finite number, ``CannotPrune``
     for groups that are locked, ``BadArtifact`` for a ``path`` that holds anything but an earlier part of this sweep.
     """
-    ratios = _checked_ratios(ratios)
-    measure = _as_function(evaluate)
-    _check_request(criterion, data, loss, residual, max_bytes)
+    ratios, file, noted = checked_ratios(ratios), checked_path(path), checked_note(note)
+    groups, exclude = checked_names("groups", groups), checked_names("exclude", exclude)
+    check_request(criterion, data, residual, max_bytes, seed, loss=loss, retrain=retrain, progress=progress)
+    measure = as_function(evaluate)
     graph = trace(model, example_inputs)
     coupling = couple(graph)
     chosen = _chosen(coupling, groups, exclude, residual)
     scores = _scores(coupling, chosen, criterion, data=data, loss=loss, residual=residual, seed=seed)
-    keep = {g.name: [highest(scores[g.name], _width(g.channels, ratio)) for ratio in ratios] for g in chosen}
-    settings = {"secateur": __version__, "seed": seed, "residual": residual, "weights": _digest(graph.model)}
-    draft = Sensitivity(
-        fingerprint(graph.model),
-        label(criterion),
-        ratios,
-        dense=math.nan,
-        curves=tuple(_blank(coupling, g, keep[g.name], scores[g.name], retrain is not None) for g in chosen),
-        made_by=settings,
-    )
-    file = None if path is None else Path(path).expanduser()
+    keep = {g.name: [highest(scores[g.name], width_at(g.channels, ratio)) for ratio in ratios] for g in chosen}
+    curves = tuple(_blank(coupling, g, keep[g.name], scores[g.name], retrain is not None) for g in chosen)
+    made_by = _settings(graph, keep, noted) | {"seed": seed, "residual": residual}
+    draft = Sensitivity(fingerprint(graph.model), label(criterion), ratios, math.nan, curves, made_by)
     cells = {} if file is None else earlier(file, draft)
     sweep = _Sweep(coupling, Suffixes(coupling, max_bytes), measure, retrain, keep, ratios, seed)
     _run(sweep, draft, cells, file, progress if is_main() else None)
     result = filled(draft, cells)
     return result if file is None else finish(file, result)
+
+
+def _settings(graph: Graph, keep: Mapping[str, Sequence[tuple[int, ...]]], note: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file that is gone on with must have been made by."""
+    settings = {"secateur": __version__, "weights": _digest(graph.model), "kept": _digest_of_kept(keep)}
+    return settings | ({"note": dict(note)} if note else {})
 
 
 # The cells -------------------------------------------------------------------------------------------------------
@@ -130,18 +143,23 @@ def sensitivity(
 def _run(
     sweep: _Sweep, draft: Sensitivity, cells: dict[Cell, float], file: Path | None, progress: Progress | None
 ) -> None:
-    """Evaluate what is missing in ``cells``, each process its own groups, and share it."""
+    """Evaluate what is missing in ``cells``, each process its own groups, and share it.
+
+    The dense network is evaluated first, by every process and always: what is in ``cells`` must have been found on the
+    same data.
+    """
     missing = [c for c in draft.curves if any(cell not in cells for cell in _cells_of(c))]
     missing.sort(key=lambda curve: sweep.networks.start(curve.group))
     mine = missing[rank() :: world()]
-    todo = [] if DENSE in cells or not is_main() else [DENSE]
-    todo += [cell for curve in mine for cell in _cells_of(curve) if cell not in cells]
+    todo = [DENSE, *(cell for curve in mine for cell in _cells_of(curve) if cell not in cells)]
     total, error = len(todo), None
     try:
         for done, cell in enumerate(todo):
             if progress is not None:
                 progress(done, total, _words(sweep, cell))
-            if cell not in cells:
+            if cell == DENSE and cell in cells:
+                check_dense(file, cells[cell], _evaluate(sweep, cell))
+            elif cell not in cells:
                 value = _evaluate(sweep, cell)
                 cells |= dict.fromkeys(_alike(sweep, cell), value)
                 if file is not None:
@@ -158,9 +176,10 @@ def _share(cells: dict[Cell, float], error: Exception | None) -> None:
     everything = gathered((cells, "" if error is None else f"{type(error).__name__}: {error}"))
     if error is not None:
         raise error
-    for number, (found, why) in enumerate(everything):
+    for number, (_, why) in enumerate(everything):
         if why:
             raise BadRequest(f"the sweep failed in process {number}: {why}")
+    for found, _ in reversed(everything):  # all have evaluated the dense network: the main process's word counts
         cells |= found
 
 
@@ -196,40 +215,24 @@ def _evaluate(sweep: _Sweep, cell: Cell) -> float:
         except Exception as error:
             error.add_note(f"while {_words(sweep, cell)} was evaluated")
             raise
-    return _number(value, _words(sweep, cell))
+    return checked_score(value, _words(sweep, cell))
 
 
 def _words(sweep: _Sweep, cell: Cell) -> str:
     group, kind, index = cell
     if cell == DENSE:
         return "the dense network"
-    return f"{group} without {sweep.ratios[index]:.0%}" + (", retrained" if kind == "retrained" else "")
-
-
-def _number(value: object, where: str) -> float:
-    """``value``, if it is a finite number."""
-    if isinstance(value, torch.Tensor):
-        what, do = f"a tensor of shape {list(value.shape)}", "return a plain number, such as float(value)"
-    elif isinstance(value, bool) or not isinstance(value, Real):
-        what, do = repr(value)[:60], "return a number that is higher for a better network, such as its accuracy"
-    elif not math.isfinite(value):
-        what, do = f"{float(value)}", "return a finite number; a network that computes NaN can be given the worst score"
-    else:
-        return float(value)
-    raise BadRequest(f"evaluate returned {what} for {where}, not a number\n  do: {do}")
+    return f"{group} without {100 * sweep.ratios[index]:.10g}%" + (", retrained" if kind == "retrained" else "")
 
 
 # The groups ------------------------------------------------------------------------------------------------------
 
 
-def _chosen(
-    coupling: Coupling, groups: str | Sequence[str], exclude: str | Sequence[str], residual: str
-) -> list[Group]:
+def _chosen(coupling: Coupling, patterns: Sequence[str], exclude: Sequence[str], residual: str) -> list[Group]:
     """The groups that are swept, in forward order."""
     free = {g.name: g for g in coupling.groups}
     whole = kept_whole(coupling, residual)
     names: set[str] = set(free) - set(whole)
-    patterns = (groups,) if isinstance(groups, str) else tuple(groups)
     if patterns:
         names = {name for pattern in patterns for name in _named(pattern, coupling, whole)}
     names -= excluded_groups(coupling.groups, exclude, coupling.locked)
@@ -241,10 +244,8 @@ def _chosen(
     return [free[name] for name in forward_order(coupling) if name in names]
 
 
-def _named(pattern: object, coupling: Coupling, whole: Mapping[str, str]) -> list[str]:
+def _named(pattern: str, coupling: Coupling, whole: Mapping[str, str]) -> list[str]:
     """The free groups of that name, or if there is none, that match the glob."""
-    if not isinstance(pattern, str):
-        raise BadRequest(f"groups: {pattern!r} is not a group's name or a glob over group names")
     reasons = {g.name: "" for g in coupling.groups} | {g.name: g.locked for g in coupling.locked} | dict(whole)
     found = [pattern] if pattern in reasons else [name for name in reasons if fnmatchcase(name, pattern)]
     if not found:
@@ -275,11 +276,8 @@ def _scores(
     evidence = None
     if data is not None:
         evidence = collect(coupling, shown, reads(criterion), data, loss=loss)
-    return score(shown, coupling.graph.tensors, criterion, seed=seed, evidence=evidence)
-
-
-def _width(channels: int, ratio: float) -> int:
-    return max(1, math.floor(channels * (1 - ratio) + 1e-9))
+    shown, tensors = as_read(coupling, shown, reads(criterion))
+    return score(shown, tensors, criterion, seed=seed, evidence=evidence)
 
 
 def _blank(
@@ -307,56 +305,12 @@ def _importance(scores: torch.Tensor) -> tuple[float, ...]:
 
 def _stage(coupling: Coupling, group: Group) -> str:
     """The size of the maps that the group's first writer makes: the axes behind the channels."""
-    capture = coupling.graph.captures[0]
-    writers = {s.tensor for s in group.slices if s.role == "writes"} or {s.tensor for s in group.slices}
-    for node in capture.graph.nodes:
-        if node.op == "call_function" and op_name(node).startswith(("conv", "linear")):
-            weight = next((n for n in node.all_input_nodes[1:] if n.op == "get_attr"), None)
-            if weight is not None and capture.names.get(str(weight.target)) in writers:
-                shape = shape_of(node) or ()
-                return "x".join(map(str, shape[2:])) if op_name(node).startswith("conv") else "1"
-    return "1"
-
-
-# The request -----------------------------------------------------------------------------------------------------
-
-
-def _checked_ratios(ratios: object) -> tuple[float, ...]:
-    if isinstance(ratios, (str, bytes)) or not isinstance(ratios, Iterable):
-        raise BadRequest(f"ratios: a list of fractions is needed, such as (0.1, 0.5, 0.9), not {ratios!r}")
-    values = tuple(ratios)
-    if not values:
-        raise BadRequest("ratios is empty\n  do: give the fractions to remove, such as (0.1, 0.5, 0.9)")
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < 1:
-            raise BadRequest(
-                f"ratios: {value!r} is not a ratio between 0 and 1\n"
-                "  a ratio is the fraction removed: 0.1 keeps nine tenths, 0.9 keeps a tenth"
-            )
-    if any(a >= b for a, b in pairwise(values)):
-        raise BadRequest(f"ratios: {list(values)} do not rise\n  do: sort them, each once")
-    return tuple(map(float, values))
-
-
-def _check_request(criterion: str | Criterion, data: object, loss: object, residual: str, max_bytes: object) -> None:
-    if residual not in RESIDUALS:
-        raise BadRequest(f"residual={residual!r} is not known{nearest(str(residual), RESIDUALS)}")
-    if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 0:
-        raise BadRequest(f"max_bytes={max_bytes!r} is not a number of bytes, 0 or more")
-    check_given(criterion, data, loss)
-
-
-def _as_function(evaluate: Evaluate | Iterable[Any] | None) -> Evaluate:
-    if evaluate is None:
-        raise BadRequest(
-            "nothing says how well a network does\n"
-            "  do: give evaluate, a function from a network to a number, or batches (inputs, targets)"
-        )
-    if callable(evaluate):
-        return evaluate
-    check_repeatable(evaluate, "a sensitivity analysis")
-    batches: Iterable[Any] = evaluate
-    return lambda network: accuracy(network, batches)
+    try:
+        first = map_taps(coupling, group)[0]
+    except CannotPrune:  # nothing makes maps of it
+        return "1"
+    shape = shape_of(first.value) or ()
+    return "x".join(map(str, shape[first.axis + 1 :])) or "1"
 
 
 def _digest(model: nn.Module) -> str:
@@ -365,3 +319,9 @@ def _digest(model: nn.Module) -> str:
     for tensor in named_tensors(model).values():
         found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()[:16]
+
+
+def _digest_of_kept(keep: Mapping[str, Sequence[tuple[int, ...]]]) -> str:
+    """A hash of the channels that stay, by which two functions under one name, or other data, are told apart."""
+    rows = {name: [[int(channel) for channel in row] for row in found] for name, found in keep.items()}
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
