@@ -315,13 +315,13 @@ def test_files_of_others_are_refused(swept: tuple[Path, str], weights: Path, tmp
 def slow() -> nn.Module:
     """``small``, in a process that takes its time to evaluate: enough to be interrupted."""
     from secateur import measurement
-    from secateur.sensitivities import sweep
+    from secateur.sensitivities import requests
 
     def patient(*arguments: Any, **options: Any) -> float:
         time.sleep(0.1)
         return measurement.accuracy(*arguments, **options)
 
-    sweep.accuracy = patient  # type: ignore[attr-defined]
+    requests.accuracy = patient  # type: ignore[attr-defined]
     return small()
 
 
