@@ -148,6 +148,14 @@ def test_what_a_killed_run_left_is_cleared_away_and_nothing_else(tmp_path: Path)
     assert sorted(path.name for path in folder.iterdir()) == [".mine", "notes.txt", "step-000003-epoch"]
 
 
+def test_older_checkpoints_are_deleted_even_by_a_run_that_has_nothing_left_to_do(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    fit_(net(), blobs(), Training(epochs=2), run=Run(folder))
+    shutil.copytree(folder / "step-000006-epoch", folder / "step-000005")  # killed between the two
+    fit_(net(), blobs(), Training(epochs=2), run=Run(folder))
+    assert [path.name for path in folder.iterdir()] == ["step-000006-epoch"]
+
+
 def test_a_checkpoint_that_cannot_be_written_leaves_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "checkpoints"
 

@@ -10,7 +10,7 @@ of the group stands for 32 filters, any width is a multiple of 32.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from numbers import Integral, Real
@@ -85,6 +85,11 @@ def allocate(
         g.name: highest(scores[g.name], int(w)) if w < g.channels else tuple(range(g.channels))
         for g, w in zip(groups, width, strict=True)
     }
+
+
+def matching(pattern: str, names: Collection[str]) -> list[str]:
+    """The name itself if it is one of ``names``, else those that match it as a glob."""
+    return [pattern] if pattern in names else [name for name in names if fnmatchcase(name, pattern)]
 
 
 def width_at(channels: int, ratio: float) -> int:
@@ -173,14 +178,11 @@ def _matches(
     """The free and the locked groups of that name, or if there is none, that match the glob."""
     if not isinstance(pattern, str):
         raise BadRequest(f"{what}: {pattern!r} is not a group's name or a glob over group names")
-    exact = [g for g in groups if g.name == pattern], [g for g in locked if g.name == pattern]
-    if exact[0] or exact[1]:
-        return exact
-    found = [g for g in groups if fnmatchcase(g.name, pattern)], [g for g in locked if fnmatchcase(g.name, pattern)]
-    if not (found[0] or found[1]):
-        names = [g.name for g in (*groups, *locked)]
+    names = [g.name for g in (*groups, *locked)]
+    found = set(matching(pattern, names))
+    if not found:
         raise BadRequest(f"{what}: no group is called, or matches, {pattern!r}{nearest(pattern, names)}")
-    return found
+    return [g for g in groups if g.name in found], [g for g in locked if g.name in found]
 
 
 def excluded_groups(groups: Sequence[Group], exclude: str | Sequence[str], locked: Sequence[Group]) -> set[str]:

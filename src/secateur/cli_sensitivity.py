@@ -10,7 +10,6 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +18,7 @@ import typer
 from torch import nn
 
 from secateur import cli_output as show
+from secateur.allocation import matching
 from secateur.cli_models import Source, Subject, open_model, parse_options
 from secateur.cli_training import is_main, set_value, spoken
 from secateur.core import Budget
@@ -226,7 +226,7 @@ def how_much(
         )
     curves.check(graph.model)
     names = [curve.group for curve in curves.curves]
-    skip = [name for name in names if any(fnmatchcase(name, pattern) for pattern in exclude)]
+    skip = [name for pattern in exclude for name in matching(pattern, names)]
     return {"ratios": ratios_from(curves, tolerance=tolerance, per=per or "group", skip=skip)}  # type: ignore[arg-type]
 
 

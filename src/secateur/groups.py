@@ -55,6 +55,16 @@ class Coupling:
                 kept[torch.from_numpy(members)] = torch.from_numpy(stays[self.channel_of[members]])
         return kept
 
+    @cached_property
+    def transformed(self) -> frozenset[str]:
+        """The parameters of which the eval pass computes something before a layer reads it: under a parametrisation,
+        a view, a concatenation. Most networks have none."""
+        capture, computed = self.graph.captures[0], self.passes[0].weights_only
+        users = ((str(n.target), n.users) for n in capture.graph.nodes if n.op == "get_attr")
+        return frozenset(
+            capture.names[target] for target, own in users if target in capture.names and own.keys() & computed
+        )
+
     def masks(self, factors: Factors, rank: int, class_keep: torch.Tensor) -> list[torch.Tensor | None]:
         """For every axis the bool mask ``[size]`` of positions that stay, or ``None`` if all do."""
         masks: list[torch.Tensor | None] = [None] * rank

@@ -85,7 +85,7 @@ def as_read(
     Nothing is computed where ``fields`` asks for no weights.
     """
     groups, tensors = list(groups), dict(coupling.graph.tensors)
-    if not set(fields) & set(FIELDS):
+    if not set(fields) & set(FIELDS) or not coupling.transformed:
         return groups, tensors
     pieces = [slices_read(coupling, group) for group in groups]
     values = evaluated(coupling, {node for own in pieces for _, node in own if node is not None})
@@ -108,7 +108,9 @@ def slices_read(coupling: Coupling, group: Group) -> list[tuple[Slice, fx.Node |
     found: list[tuple[Slice, fx.Node | None]] = []
     seen: set[tuple[fx.Node, int, Role]] = set()
     for piece in group.slices:
-        forms = forms_of(coupling, piece.tensor) if piece.role in ("writes", "reads") else []
+        forms = []
+        if piece.role in ("writes", "reads") and piece.tensor in coupling.transformed:
+            forms = forms_of(coupling, piece.tensor)
         places = [_place(coupling, group, piece, form) for form in forms if form[0].op != "get_attr"]
         if len(places) < len(forms) or not any(places):
             found.append((piece, None))

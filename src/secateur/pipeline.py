@@ -18,7 +18,7 @@ from secateur.groups import Coupling, Prefer, couple
 from secateur.layer_weights import as_read
 from secateur.operations import costs_of
 from secateur.plans import Plan, fingerprint, input_specs
-from secateur.residuals import kept_whole, scored_by_projection
+from secateur.residuals import RULES, kept_whole, scored_by_projection
 from secateur.scores import score
 from secateur.selection import front_to_back
 from secateur.sensitivities import Sensitivity
@@ -26,7 +26,6 @@ from secateur.sensitivities.choice import losses
 from secateur.version import __version__
 
 Residual = Literal["coupled", "inner", "projection", "scatter"]
-RESIDUALS = ("coupled", "inner", "projection")
 
 
 def plan(
@@ -164,10 +163,10 @@ def _check_request(how: _Request) -> None:
     if how.residual == "scatter":
         raise BadRequest(
             "residual='scatter' is reserved: this release does not prune one layer of a residual stream alone\n"
-            f"  do: take one of {', '.join(map(repr, RESIDUALS))}"
+            f"  do: take one of {', '.join(map(repr, RULES))}"
         )
-    if how.residual not in RESIDUALS:
-        raise BadRequest(f"there is no residual rule {how.residual!r}{nearest(str(how.residual), RESIDUALS)}")
+    if how.residual not in RULES:
+        raise BadRequest(f"there is no residual rule {how.residual!r}{nearest(str(how.residual), RULES)}")
 
 
 def _check_sensitivity(how: _Request) -> None:

@@ -25,6 +25,7 @@ from secateur.core import Group
 from secateur.groups import Coupling
 from secateur.nodes import named_args, op_name, shape_of, source_line
 
+RULES = ("coupled", "inner", "projection")
 SUMS = frozenset("add sub rsub addcmul addcdiv lerp".split())
 """Operations that add their operands up, element by element."""
 PRODUCTS_ADDED = frozenset("addmm baddbmm addmv".split())

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -70,6 +70,8 @@ def resume_(job: Job) -> bool:
     tensors, facts = _read(path)
     _check_same(job, path, tensors, facts)
     _unpack_(job, tensors, facts)
+    if is_main():
+        _delete(_checkpoints(folder)[1:])  # a run that was killed before it did this may have been at its last step
     return True
 
 
@@ -219,7 +221,7 @@ def _renamed(folder: Path, name: str) -> Iterator[Path]:
         raise
 
 
-def _delete(paths: Iterator[Path]) -> None:
+def _delete(paths: Iterable[Path]) -> None:
     """Out of sight first, so that what is half deleted is never taken for a checkpoint."""
     for path in paths:
         hidden = path.with_name(f".{path.name}.old")

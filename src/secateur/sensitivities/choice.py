@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from itertools import takewhile
 from numbers import Real
 from typing import Literal
 
 import numpy as np
 
+from secateur.allocation import matching
 from secateur.errors import BadRequest, nearest
 from secateur.sensitivities.curves import GroupCurve, Sensitivity
 
@@ -109,7 +109,7 @@ def _named(found: Sensitivity, patterns: str | Sequence[str]) -> set[str]:
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
         if not isinstance(pattern, str):
             raise BadRequest(f"skip: {pattern!r} is not a group's name or a glob over group names")
-        matched = [pattern] if pattern in names else [name for name in names if fnmatchcase(name, pattern)]
+        matched = matching(pattern, names)
         if not matched:
             raise BadRequest(
                 f"skip: no group that was measured is called, or matches, {pattern!r}{nearest(pattern, names)}"

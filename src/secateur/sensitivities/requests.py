@@ -16,10 +16,8 @@ from secateur.criteria import check_given
 from secateur.errors import BadPlan, BadRequest, nearest
 from secateur.measurement import accuracy
 from secateur.plan_checks import plain
-from secateur.recover.randomness import kept_randomness
+from secateur.residuals import RULES
 from secateur.statistics import check_repeatable
-
-RESIDUALS = ("coupled", "inner", "projection")
 
 
 def checked_ratios(ratios: object) -> tuple[float, ...]:
@@ -81,8 +79,8 @@ def check_request(
     criterion: str | Criterion, data: object, residual: str, max_bytes: object, seed: object, **functions: object
 ) -> None:
     """Raises ``BadRequest`` for what no sweep can be made of. ``functions``: arguments that are functions or None."""
-    if residual not in RESIDUALS:
-        raise BadRequest(f"residual={residual!r} is not known{nearest(str(residual), RESIDUALS)}")
+    if residual not in RULES:
+        raise BadRequest(f"residual={residual!r} is not known{nearest(str(residual), RULES)}")
     if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 0:
         raise BadRequest(f"max_bytes={max_bytes!r} is not a number of bytes, 0 or more")
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
@@ -101,8 +99,7 @@ def as_function(evaluate: Evaluate | Iterable[Any] | None) -> Evaluate:
         )
     if callable(evaluate):
         return evaluate
-    with kept_randomness(torch.device("cpu")):  # a DataLoader draws a seed whenever one begins to read it
-        check_repeatable(evaluate, "a sensitivity analysis")
+    check_repeatable(evaluate, "a sensitivity analysis")
     batches: Iterable[Any] = evaluate
     return lambda network: accuracy(network, batches)
 

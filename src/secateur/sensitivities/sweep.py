@@ -12,7 +12,6 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -20,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from secateur.allocation import excluded_groups, highest, width_at
+from secateur.allocation import excluded_groups, highest, matching, width_at
 from secateur.calibration import collect
 from secateur.core import Criterion, Evaluate, Group
 from secateur.criteria import label, reads
@@ -247,7 +246,7 @@ def _chosen(coupling: Coupling, patterns: Sequence[str], exclude: Sequence[str],
 def _named(pattern: str, coupling: Coupling, whole: Mapping[str, str]) -> list[str]:
     """The free groups of that name, or if there is none, that match the glob."""
     reasons = {g.name: "" for g in coupling.groups} | {g.name: g.locked for g in coupling.locked} | dict(whole)
-    found = [pattern] if pattern in reasons else [name for name in reasons if fnmatchcase(name, pattern)]
+    found = matching(pattern, reasons)
     if not found:
         raise BadRequest(f"groups: no group is called, or matches, {pattern!r}{nearest(pattern, reasons)}")
     free = [name for name in found if not reasons[name]]
