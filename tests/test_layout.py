@@ -17,9 +17,10 @@ ROWS = [
     {"capture", "graph", "labels", "propagation", "rules"},
     {"groups"},
     {"interpreter"},
-    {"views", "layer_weights", "statistics", "taps", "products", "calibration", "residuals", "criteria"},
+    {"views", "layer_weights", "statistics", "taps", "patches", "consumers", "grams", "products", "calibration"}
+    | {"residuals", "criteria"},
     {"scores"},
-    {"costs", "operations", "counting", "tradeoffs", "budgets", "allocation", "selection"},
+    {"costs", "operations", "counting", "tradeoffs", "budgets", "allocation", "selection", "sequential"},
     {"plans", "plan_checks", "plan_schema"},
     {"masks"},
     {"rewrites", "attributes", "slicing", "proofs", "graph_network", "surgery", "optimisers"},

@@ -17,7 +17,7 @@ from law import relative_error
 from secateur.graph import with_free_batch
 from secateur.groups import couple
 from secateur.interpreter import run_masked, walk
-from secateur.recover.patches import layout_of, matrix, outputs, patches, weight_from
+from secateur.patches import layout_of, matrix, outputs, patches, weight_from
 from secateur.statistics import Moments, Stops, batches, check_repeatable, live_bytes, moment_bytes
 
 D = torch.float64
@@ -38,7 +38,7 @@ OPERATIONS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize("chunk", [1, 2**25])
 def test_every_affine_operation_is_a_matrix_on_patches(name: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("secateur.recover.patches.CHUNK", chunk)
+    monkeypatch.setattr("secateur.patches.CHUNK", chunk)
     module, shape = OPERATIONS[name]
     module = module.double()
     weight, bias = (p.detach() for p in (module.weight, module.bias))  # type: ignore[union-attr]

@@ -77,6 +77,25 @@ class MapStatistics:
     zeros: torch.Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class OutputMoments:
+    """What the layers that read a group put out through each of its channels, on calibration data.
+
+    For reader ``u`` of ``U``, ``z_c`` is the part of its output that comes through channel ``c``: the kernel slices of
+    ``c`` on the feature map of ``c``, without bias; ``t`` is what the ``z_c`` should sum to, and ``y`` the whole output
+    without bias. Sums run over samples, which are outputs at all locations of all images, or drawn from them. float64
+    on the CPU: ``gram [U, C, C]``, the sum of ``z_c z_c'``; ``target [U, C]``, of ``z_c t``; ``goal [U]``, of ``t^2``;
+    ``energy [U]``, of ``y^2``; ``samples [U]``, how many there are. ``readers``: the modules' names.
+    """
+
+    readers: tuple[str, ...]
+    samples: torch.Tensor
+    gram: torch.Tensor
+    target: torch.Tensor
+    goal: torch.Tensor
+    energy: torch.Tensor
+
+
 @dataclass(frozen=True)
 class GroupView:
     """All that a criterion sees of a group. ``C`` channels, float64 or float32 on the CPU, detached.
@@ -88,7 +107,8 @@ class GroupView:
     With calibration data, what the criterion asks for, else ``None``: ``maps``, the feature maps right after the layers
     that write the group, before norm and activation; ``activations``, the same maps behind the activation function;
     ``products``: ``[C]``, the mean over batches of ``(sum_w g w)^2`` over the weights ``w`` of the channel's filters,
-    ``g`` the gradient of the loss there.
+    ``g`` the gradient of the loss there; ``outputs``, what comes through the channels in the layers that read them;
+    ``samples``, the same of some outputs that are drawn.
     """
 
     name: str
@@ -100,6 +120,8 @@ class GroupView:
     maps: MapStatistics | None = None
     activations: MapStatistics | None = None
     products: torch.Tensor | None = None
+    outputs: OutputMoments | None = None
+    samples: OutputMoments | None = None
 
 
 class Criterion(Protocol):

@@ -67,7 +67,7 @@ READS: dict[Criterion, tuple[str, ...]] = {
 
 WEIGHTS = FIELDS
 """The fields that are gathered from the network's tensors: what a function that does not say is shown."""
-EVIDENCE = ("maps", "activations", "products")
+EVIDENCE = ("maps", "activations", "products", "outputs", "samples")
 """The fields that calibration data are needed for; ``products`` needs a loss as well."""
 
 

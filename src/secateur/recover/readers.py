@@ -10,18 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import fx
 
+from secateur.consumers import affine, caller
 from secateur.groups import Coupling
-from secateur.nodes import module_stack, named_args, op_name, shape_of
+from secateur.nodes import op_name, shape_of
+from secateur.patches import Layout, layout_of, matrix
 from secateur.plans import Plan
 from secateur.recover.bias import Home, home_of
-from secateur.recover.patches import Layout, layout_of, matrix
 
 Mask = torch.Tensor | None
-_WEIGHTED = frozenset("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split())
 _TURNS = frozenset("t numpy_T transpose permute".split())
 
 
@@ -72,10 +73,10 @@ def find_readers(
             continue
         sources = [s for s in node.all_input_nodes if shape_of(s) is not None]
         lost = any(m is not None for s in _activations(sources, coupling) for m in _masks(coupling, s, class_keep))
-        found = _affine(node, coupling)
+        found = _stored(node, coupling)
         if isinstance(found, str):
             if lost:
-                skipped[_name(node)] = found
+                skipped[caller(node)] = found
             continue
         source, weight, layout = found
         use = Use(node, source, layout, _masks(coupling, source, class_keep))
@@ -87,7 +88,7 @@ def find_readers(
             continue
         reader = _reader(weight, own, coupling, plan, may_add)
         if isinstance(reader, str):
-            skipped[_name(own[0].node)] = reader
+            skipped[caller(own[0].node)] = reader
         else:
             readers.append(reader)
     return readers, skipped
@@ -114,39 +115,20 @@ def _masks(coupling: Coupling, node: fx.Node, class_keep: torch.Tensor) -> Seque
     return coupling.node_masks(0, node, class_keep)
 
 
-def _name(node: fx.Node) -> str:
-    """The module that a call was made in, with the operation where that is a whole block."""
-    stack = module_stack(node)
-    return stack[-1][0] if stack and stack[-1][0] else str(node)
-
-
-def _affine(node: fx.Node, coupling: Coupling) -> tuple[fx.Node, str, Layout] | str:
-    """Input, weight and layout of an affine reader, or why it is none."""
-    name, args = op_name(node), named_args(node)
-    keys = {"linear": ("input", "weight"), "addmm": ("mat1", "mat2"), "mm": ("self", "mat2")}
-    keys |= {"matmul": ("self", "other"), **dict.fromkeys(_WEIGHTED, ("input", "weight"))}
-    if name not in keys:
-        return f"{name} is not affine in what it reads"
-    source, weight = (args[k] for k in keys[name])
-    if name == "addmm" and (args["beta"], args["alpha"]) != (1, 1):
-        return "it scales its product"
-    if source in coupling.passes[0].weights_only:
-        return "what it reads is computed from parameters"
-    if weight not in coupling.passes[0].weights_only:
-        return f"{name} multiplies activations with each other"
-    turned = False
+def _stored(node: fx.Node, coupling: Coupling) -> tuple[fx.Node, str, Layout] | str:
+    """Input, weight and layout of an affine reader whose weight is a parameter or its transpose, or why it is none."""
+    call = affine(node, coupling)
+    if isinstance(call, str):
+        return call
+    weight, turned = call.weight, False
     while weight.op != "get_attr" and op_name(weight) in _TURNS and len(shape_of(weight) or ()) == 2:
-        if op_name(weight) != "permute" or list(weight.args[1]) == [1, 0]:
+        if op_name(weight) != "permute" or list(cast(list[int], weight.args[1])) == [1, 0]:
             turned = not turned
-        weight = weight.args[0]
+        weight = cast(fx.Node, weight.args[0])
     stored = coupling.graph.captures[0].names.get(str(weight.target)) if weight.op == "get_attr" else None
     if stored is None or stored not in dict(coupling.graph.model.named_parameters()):
         return "its weight is computed from other tensors"
-    if len(shape_of(weight) or ()) < 2:
-        return "its weight is a vector"
-    if name not in _WEIGHTED and len(shape_of(weight) or ()) != 2:
-        return "its weight is a stack of matrices"
-    return source, stored, layout_of(node, turned)
+    return call.source, stored, layout_of(node, turned)
 
 
 def _reader(weight: str, uses: list[Use], coupling: Coupling, plan: Plan, may_add: bool) -> Reader | str:
@@ -176,7 +158,7 @@ def _reader(weight: str, uses: list[Use], coupling: Coupling, plan: Plan, may_ad
         return "its partitions keep different inputs"
     home = home_of([u.node for u in uses], weight, coupling, may_add=may_add)
     assert whole.shape[:3] == stays.shape
-    return Reader(_name(uses[0].node), weight, tuple(uses), home, rows, columns[0])
+    return Reader(caller(uses[0].node), weight, tuple(uses), home, rows, columns[0])
 
 
 def _stays(plan: Plan, weight: str, layout: Layout) -> torch.Tensor:

@@ -25,8 +25,8 @@ from torch import fx
 from secateur.errors import BadRequest
 from secateur.groups import Coupling
 from secateur.interpreter import Env, Walk, cut, walk
+from secateur.patches import Layout, matrix, outputs, patches, weight_from
 from secateur.recover.bias import give_constant_
-from secateur.recover.patches import Layout, matrix, outputs, patches, weight_from
 from secateur.recover.readers import Reader
 from secateur.statistics import (
     Inputs,
