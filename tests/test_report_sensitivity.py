@@ -43,6 +43,7 @@ FOUND = Sensitivity(
         curve("b&2", "8x8", (0.92, 0.7, 0.5)),
         curve("fc", "1", (0.4, 0.3, 0.1)),
     ),
+    {"measure": "accuracy"},
 )  # fmt: skip
 ROWS = [Row("dense", 10, 20, 0.9), Row("pruned", 5, 10, 0.8)]
 
@@ -106,10 +107,12 @@ def test_retrained_networks_stand_beside_the_others() -> None:
     assert "pruned and retrained" in svg
 
 
-def test_scores_that_are_no_fractions_are_shown_as_they_are() -> None:
-    losses = replace(FOUND, dense=-0.25, curves=(curve("a", "1", (-0.5, -1.0, -12.5)),))
+def test_scores_of_a_function_are_shown_as_they_are() -> None:
+    losses = replace(FOUND, dense=-0.25, curves=(curve("a", "1", (-0.5, -1.0, -12.5)),), made_by={"measure": "score"})
     assert "accuracy, %" not in sensitivity_figure(losses)
     assert [text for text, _ in heat_rows(losses)[0][1]] == ["-0.5", "-1", "-12.5"]
+    overlaps = replace(FOUND, made_by={"measure": "score"})  # within 0 and 1, and yet no accuracies
+    assert "accuracy, %" not in sensitivity_figure(overlaps)
 
 
 def test_importance_is_drawn_from_the_largest() -> None:

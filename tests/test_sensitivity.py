@@ -363,8 +363,9 @@ def test_another_sweep_does_not_go_on_with_a_file(tmp_path: Path) -> None:
     )
     refused(
         r"with an evaluate that gives the dense network [\d.]+, and now it gets -?[\d.]+\n.*\n  do: choose another",
-        lambda network: outputs(network, data),
+        [(inputs, (targets + 1) % 10) for inputs, targets in data],
     )
+    refused("was made with measure='accuracy', and now it is 'score'", lambda network: outputs(network, data))
     refused(r"was made with note\.data\.size=8, and now it is 16\n  do: ", note={"data": {"size": 16}, "batches": 2})
     refused(r"was made with note\.batches=2, and now there is none\n", note={"data": {"size": 8}})
     refused(r"was made without note\.lr, and now it is 0\.1\n", note={**options["note"], "lr": 0.1})

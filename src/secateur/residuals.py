@@ -8,8 +8,8 @@
   ResNet-34.
 
 An activation is *another* one if another layer takes part in it: ``x + x * norm(x)`` and a depthwise ``x + conv(x)``
-change the channels of one layer, and nothing meets there. All is read off the captured graph: no module is looked at,
-and no name.
+change the channels of one layer, and nothing meets there. Nor does it in what is no sum of two operands: a maximum, a
+product, ``cat([x[None], y[None]]).sum(0)``. All is read off the captured graph: no module is looked at, and no name.
 """
 
 from __future__ import annotations

@@ -54,9 +54,8 @@ def sensitivity_figure(found: Sensitivity) -> str:
 
 
 def as_percent(found: Sensitivity) -> bool:
-    """Whether the scores are fractions, which accuracies are, and are told in per cent."""
-    scores = [found.dense, *(s for curve in found.curves for s in (*curve.scores, *curve.retrained))]
-    return all(0 <= score <= 1 for score in scores)
+    """Whether the scores are accuracies, and told in per cent: not what a function of the user's own gave."""
+    return found.made_by.get("measure") == "accuracy"
 
 
 def score_text(score: float, *, percent: bool) -> str:

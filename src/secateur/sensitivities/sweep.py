@@ -121,7 +121,8 @@ def sensitivity(
     scores = _scores(coupling, chosen, criterion, data=data, loss=loss, residual=residual, seed=seed)
     keep = {g.name: [highest(scores[g.name], width_at(g.channels, ratio)) for ratio in ratios] for g in chosen}
     curves = tuple(_blank(coupling, g, keep[g.name], scores[g.name], retrain is not None) for g in chosen)
-    made_by = _settings(graph, keep, noted) | {"seed": seed, "residual": residual}
+    told = "score" if callable(evaluate) else "accuracy"
+    made_by = _settings(graph, keep, noted) | {"seed": seed, "residual": residual, "measure": told}
     draft = Sensitivity(fingerprint(graph.model), label(criterion), ratios, math.nan, curves, made_by)
     cells = {} if file is None else earlier(file, draft)
     sweep = _Sweep(coupling, Suffixes(coupling, max_bytes), measure, retrain, keep, ratios, seed)
