@@ -9,6 +9,8 @@ For every seed a dense network is trained, and every criterion removes the same 
 streams too. Accuracy is measured three times: straight after the cut; with batch norms recalibrated, which needs no
 labels; and after a short fine-tune of what was cut. It is that of test images, by which nothing was chosen; criteria
 that need data see training images. A cell that is in the result file already is not computed again.
+
+Criteria that look at what the next layers put out (ThiNet) have a benchmark of their own, `thinet.py`.
 """
 
 from __future__ import annotations
@@ -38,6 +40,8 @@ from trials import DENSE, NETWORKS, Cells, dense_network, fashion, spread, train
 
 RATIOS = (0.3, 0.5, 0.7, 0.9)
 GREEDY = "l1, greedy"
+CRITERIA = [name for name in sc.CRITERIA if {"outputs", "samples"}.isdisjoint(reads(name))]
+"""Those that are compared here."""
 TITLES = {"resnet20": "ResNet-20", "vgg16": "VGG-16 at a quarter of its widths"}
 STAGES = {
     "cut": "Straight after the cut",
@@ -82,12 +86,14 @@ def main() -> None:
     found = Cells(RESULTS / f"{name}.json", "python benchmarks/criteria.py" + (" --full" if given.full else ""))
     if given.again:
         found.forget(seeds, [column for network in networks for column in columns(network)])
-    rows = [*sc.CRITERIA, GREEDY]
-    if given.criteria:
-        rows = [row for row in rows if row.removeprefix("l1, ") in given.criteria.split(",")]
+    rows = {row.removeprefix("l1, "): row for row in [*CRITERIA, GREEDY]}
+    wanted = given.criteria.split(",") if given.criteria else [*rows]
+    if not rows.keys() >= set(wanted):
+        options.error(f"--criteria {given.criteria}: none but {', '.join(rows)}")
     for seed in seeds:
         for network in networks:
-            run_network(found, seed, network, FULL if given.full else SMALL[network], root=given.root, rows=rows)
+            size = FULL if given.full else SMALL[network]
+            run_network(found, seed, network, size, root=given.root, rows=[rows[name] for name in wanted])
             found.write_table("Criteria against each other", lambda: table(found))
 
 
@@ -128,8 +134,7 @@ def run_network(found: Cells, seed: int, network: str, size: Size, *, root: str 
     @functools.cache
     def evidence() -> dict[str, dict[str, Any]]:
         coupling = couple(graph)
-        asked = {name for row in sc.CRITERIA if needs_data(row) for name in reads(row)}
-        wanted = asked & {"maps", "activations", "products"}
+        wanted = {name for row in CRITERIA if needs_data(row) for name in reads(row)}
         return collect(coupling, coupling.groups, wanted, calibration, loss=torch.nn.functional.cross_entropy)
 
     at = Setting(dense, graph, data, tuning, size, evidence)
@@ -184,7 +189,7 @@ def table(found: Cells) -> str:
         if not dense:
             continue
         cut = [f"{network} {ratio}" for ratio in RATIOS]
-        names = [row for row in [*sc.CRITERIA, GREEDY] if row in found.names(cut)]
+        names = [row for row in [*CRITERIA, GREEDY] if row in found.names(cut)]
         macs = [spread([*found.values(column, "l1", "macs").values()][:1]) for column in cut]
         text += f"\n## {TITLES[network]}\n\nDense: {spread([*dense.values()])}. MACs left: {', '.join(macs)} %.\n"
         for key, title in STAGES.items():

@@ -125,7 +125,8 @@ class Cells:
             value = {**compute(), "seconds": round(time.perf_counter() - start, 1)}
             self._keep(lambda cells: cells.setdefault(str(seed), {}).setdefault(column, {}).update({what: value}))
             row = self.found["cells"][str(seed)][column]
-            told = "  ".join(f"{key} {100 * v:.2f} %" for key, v in value.items() if key != "seconds")
+            shown = {key: f"{100 * v:.2f} %" if abs(v) <= 1 else f"{v:.1f}" for key, v in value.items()}
+            told = "  ".join(f"{key} {text}" for key, text in shown.items() if key != "seconds")
             print(f"seed {seed}  {column:>13}  {what:<44} {told}", flush=True)
         return dict(row[what])
 

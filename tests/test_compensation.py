@@ -3,72 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import secateur as sc
 from law import Inputs, call, fresh, leaves, relative_error, to_double
 from networks import NETWORKS, randomise
+from reader_pairs import PAIRS, D, Pair, made, pruned, rows_of
 from secateur.interpreter import walk
 from secateur.recover import Fit, compensate_, compensation
 from secateur.recover.reconstruction import Fitted, solve
 from secateur.statistics import Moments
-
-D = torch.float64
-
-
-class Pair(nn.Module):
-    """One layer that is pruned, an activation, the reader under test."""
-
-    def __init__(self, writer: nn.Module, reader: nn.Module, between: Callable[[Tensor], Tensor] = F.softplus) -> None:
-        super().__init__()
-        self.writer, self.reader, self.between = writer, reader, between
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.reader(self.between(self.writer(x)))
-
-
-def flat(x: Tensor) -> Tensor:
-    return F.softplus(x).flatten(1)
-
-
-PAIRS: dict[str, tuple[Callable[[], Pair], tuple[int, ...]]] = {
-    "padding": (lambda: Pair(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 5, 3, padding=1)), (3, 7, 6)),
-    "stride": (lambda: Pair(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 5, 3, stride=2, padding=2)), (3, 7, 8)),
-    "dilation": (lambda: Pair(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 5, (2, 3), dilation=2)), (3, 7, 8)),
-    "groups": (lambda: Pair(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 3, padding=1, groups=2)), (3, 5, 5)),
-    "conv1d": (lambda: Pair(nn.Conv1d(3, 8, 3), nn.Conv1d(8, 4, 3, padding=1)), (3, 12)),
-    "conv3d": (lambda: Pair(nn.Conv3d(2, 6, 1), nn.Conv3d(6, 3, 2, padding=1)), (2, 3, 4, 3)),
-    "transposed": (
-        lambda: Pair(nn.Conv2d(3, 8, 1), nn.ConvTranspose2d(8, 4, 3, stride=2, padding=1, output_padding=1)),
-        (3, 4, 5),
-    ),
-    "transposed groups": (lambda: Pair(nn.Conv2d(3, 8, 1), nn.ConvTranspose2d(8, 4, 2, groups=2)), (3, 4, 5)),
-    "flatten": (lambda: Pair(nn.Conv2d(3, 6, 1), nn.Linear(24, 5), flat), (3, 2, 2)),
-    "linear": (lambda: Pair(nn.Linear(4, 9), nn.Linear(9, 5)), (6, 4)),
-}
-
-
-def pruned(model: nn.Module, x: Tensor, ratios: Any = 0.5) -> tuple[sc.Plan, nn.Module]:
-    plan = sc.plan(model, x, ratios=ratios)
-    return plan, sc.apply(model, plan)
-
-
-def made(name: str) -> tuple[Pair, list[Tensor]]:
-    torch.manual_seed(0)
-    factory, shape = PAIRS[name]
-    model = factory().double().eval()
-    return model, [torch.randn(n, *shape, dtype=D) for n in (40, 23)]
-
-
-def rows_of(reader: nn.Module, h: Tensor) -> Tensor:
-    """Outputs ``[N, O]`` of a reader, samples and positions in rows."""
-    return reader(h).movedim(-1 if isinstance(reader, nn.Linear) else 1, -1).flatten(0, -2).detach()
 
 
 def removed_only(model: Pair, plan: sc.Plan, x: Tensor) -> Tensor:
@@ -185,6 +134,7 @@ def law_after(small: nn.Module, plan: sc.Plan, inputs: Inputs, box: dict[str, An
         return relative_error(tuple(leaves(call(small, inputs))), end.value.value)
 
 
+WAYS: list[tuple[Any, bool]] = [("least-squares", True), ("bias", False), ("scale", True)]
 CHOSEN = [*list(NETWORKS)[5::48], "attention_module", "attention_sdpa", "weight_standardisation_by_batch_norm"]
 CASES = [pytest.param(n, marks=() if n in CHOSEN else pytest.mark.slow) for n in NETWORKS]
 
@@ -196,7 +146,7 @@ def test_the_law_holds_afterwards(name: str, fitted: dict[str, Any]) -> None:
     model, inputs = randomise(factory(), seed=1).double().eval(), to_double(example())
     plan = sc.plan(sc.trace(model, inputs), ratios=0.5)
     data = [fresh(inputs, 4, seed) for seed in (5, 6)]
-    for readers, sequential in (("least-squares", True), ("bias", False)):
+    for readers, sequential in WAYS:
         small = sc.apply(model, plan)
         try:
             done = compensate_(
@@ -207,6 +157,6 @@ def test_the_law_holds_afterwards(name: str, fitted: dict[str, Any]) -> None:
             done = compensate_(
                 small, model, plan, data, readers=readers, batchnorm=False, fit=Fit(sequential=sequential)
             )
-        assert law_after(small, plan, data[0], fitted) <= expect.tol
+        assert law_after(small, plan, data[0], fitted) <= expect.tol, readers
         assert all(done.steps[1].skipped.values())
         assert all(bool(torch.isfinite(t).all()) for t in small.state_dict().values() if t.is_floating_point())

@@ -72,7 +72,7 @@ def test_every_step_reports_and_helps() -> None:
     model, plan, _ = made()
     gaps: dict[tuple[str, bool], float] = {}
     told: list[tuple[str, int, int]] = []
-    for readers in ("none", "bias", "least-squares"):
+    for readers in ("none", "bias", "scale", "least-squares"):
         for batchnorm in (False, True):
             small = sc.apply(model, plan)
             told.clear()
@@ -93,6 +93,7 @@ def test_every_step_reports_and_helps() -> None:
             assert list(dict.fromkeys(name for name, _, _ in told)) == names[1:]
             gaps[readers, batchnorm] = gap(small, model)
     assert gaps["least-squares", False] < gaps["bias", False] < gaps["none", False]
+    assert gaps["least-squares", False] < gaps["scale", False] < gaps["none", False]
     assert gaps["least-squares", True] < gaps["none", True]
 
 
@@ -315,24 +316,25 @@ class Parts:
             yield batch[part(len(batch))]
 
 
-def compensated() -> tuple[nn.Module, Compensation]:
+def compensated(readers: Any) -> tuple[nn.Module, Compensation]:
     model, plan, small = made()
-    return small, compensate_(small, model, plan, Parts())
+    return small, compensate_(small, model, plan, Parts(), readers=readers)
 
 
 def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
-    small, _ = compensated()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent / 'src'}:{HERE}"}
     told = subprocess.run(
         [*command, str(tmp_path)], check=False, env=environment, capture_output=True, text=True, timeout=300
     )
     assert told.returncode == 0, told.stderr
-    for process in (0, 1):
-        theirs = load_file(tmp_path / f"{process}.safetensors")
-        assert set(theirs) == set(small.state_dict())
-        for name, tensor in small.state_dict().items():
-            torch.testing.assert_close(theirs[name], tensor, rtol=1e-9, atol=1e-11)
+    for readers in ("scale", "least-squares"):
+        small, _ = compensated(readers)
+        for process in (0, 1):
+            theirs = load_file(tmp_path / f"{readers}{process}.safetensors")
+            assert set(theirs) == set(small.state_dict())
+            for name, tensor in small.state_dict().items():
+                torch.testing.assert_close(theirs[name], tensor, rtol=1e-9, atol=1e-11)
     assert "more data" in (tmp_path / "uneven.txt").read_text()
     assert "does not fit" in (tmp_path / "own.txt").read_text()
     assert "another process" in (tmp_path / "other.txt").read_text()
@@ -342,8 +344,10 @@ def _in_process(folder: Path) -> None:
     torch.distributed.init_process_group("gloo")
     number = torch.distributed.get_rank()
     assert world() == 2
-    small, _ = compensated()
-    save_file({n: t.contiguous() for n, t in small.state_dict().items()}, str(folder / f"{number}.safetensors"))
+    for readers in ("scale", "least-squares"):
+        small, _ = compensated(readers)
+        tensors = {n: t.contiguous() for n, t in small.state_dict().items()}
+        save_file(tensors, str(folder / f"{readers}{number}.safetensors"))
     model, plan, small = made()
     try:
         recalibrate_(small, data()[: 1 + number])

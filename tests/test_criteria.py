@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import secateur
-from secateur.core import Group, GroupView, MapStatistics, Slice
+from secateur.core import Group, GroupView, MapStatistics, OutputMoments, Slice
 from secateur.criteria import CRITERIA, EVIDENCE, WEIGHTS, needs_data, needs_loss, reads, resolve
 from secateur.errors import BadRequest, CannotPrune
 from secateur.views import view
@@ -30,7 +30,15 @@ def _view(c: int = 5, f: int = 12, seed: int = 0) -> GroupView:
     seen = GroupView("g", torch.randn(c, f, generator=make), torch.randn(c, 7, generator=make), torch.randn(c, 2))
     maps, after = (MapStatistics(9, *torch.rand(6, c, 3, generator=make, dtype=torch.float64)) for _ in range(2))
     products = torch.rand(c, generator=make, dtype=torch.float64)
-    return dataclasses.replace(seen, maps=maps, activations=after, products=products)
+    seen = dataclasses.replace(seen, maps=maps, activations=after, products=products)
+    return dataclasses.replace(seen, outputs=_moments(c, make), samples=_moments(c, make))
+
+
+def _moments(c: int, make: torch.Generator) -> OutputMoments:
+    """Of one reader of 40 samples."""
+    z = torch.randn(40, c, generator=make, dtype=torch.float64)
+    goal = z.sum(1).square().sum()[None]
+    return OutputMoments(("u",), torch.tensor([40.0]), (z.mT @ z)[None], (z.mT @ z).sum(1)[None], goal, goal)
 
 
 def test_view_flattens_filters_readers_and_scales_channel_by_channel() -> None:
@@ -246,6 +254,8 @@ def _environment() -> dict[str, str]:
     [
         ("mean_l1", {"maps": None}, BadRequest, r"the view of group 'g' has no maps: .*\n  do: pass data="),
         ("apoz", {"activations": None}, BadRequest, r"the view of group 'g' has no activations: .*\n  do: pass data="),
+        ("thinet", {"outputs": None}, BadRequest, r"the view of group 'g' has no outputs: .*\n  do: pass data="),
+        ("thinet_sampled", {"samples": None}, BadRequest, r"group 'g' has no samples: .*\n  do: pass data="),
         ("taylor", {"products": None}, BadRequest, r"'g' has no products of .*\n  do: pass data= and loss="),
         ("bn_scale", {"scales": torch.empty(5, 0)}, CannotPrune, r"group 'g' has no scales: .*\n  do: exclude it"),
     ],
@@ -259,7 +269,8 @@ def test_criteria_without_what_they_read_say_so(
 
 def test_what_criteria_need() -> None:
     assert [name for name in CRITERIA if needs_data(name)] == [
-        *("mean_mean", "mean_std", "mean_l1", "mean_l2", "var_l2", "apoz", "taylor")
+        *("mean_mean", "mean_std", "mean_l1", "mean_l2", "var_l2", "apoz", "taylor"),
+        *("thinet", "thinet_omp", "thinet_sampled", "thinet_sampled_omp", "thinet_sequential"),
     ]
     assert [name for name in CRITERIA if needs_loss(name)] == ["taylor"]
     assert reads("l1") == ("filters",)

@@ -332,3 +332,33 @@ def test_fashion_mnist_at_another_size(tmp_path: Path) -> None:
     assert data.shape == (3, 32, 32)
     assert next(iter(data.train))[0].shape == (10, 3, 32, 32)
     assert (data.train.samples, data.validation.samples, data.test.samples) == (54, 6, 20)
+
+
+def test_images_of_each_class_are_the_first_of_a_fixed_order() -> None:
+    calibration = open_data(DataSettings("digits", batch=50), seed=3).calibration
+    few = calibration.of_each_class(4)
+    assert (few.samples, len(few), few.batch) == (40, 1, 50)
+    assert few.targets.bincount().tolist() == [4] * 10
+    members, labels = calibration.members.tolist(), calibration.targets.tolist()
+    wanted = [
+        m for place, (m, label) in enumerate(zip(members, labels, strict=True)) if labels[:place].count(label) < 4
+    ]
+    assert few.members.tolist() == wanted
+    (inputs, targets), *none = few
+    assert not none
+    assert torch.equal(targets, few.targets)
+    assert torch.equal(
+        inputs[:3], torch.cat([batch[0] for batch in calibration])[[members.index(m) for m in wanted[:3]]]
+    )
+    assert calibration.first(2).of_each_class(1).samples == 10
+
+
+def test_images_of_each_class_that_are_not_there() -> None:
+    data = open_data(DataSettings("digits", batch=50, limit=100))
+    with pytest.raises(
+        BadRequest, match=r"per_class=11: of class \d there are only \d+ images among these 100\n  do: ask"
+    ):
+        data.calibration.of_each_class(11)
+    for loader, count in ((data.train, 1), (data.calibration, 0)):
+        with pytest.raises(BadRequest, match=rf"of_each_class\({count}\): it must be at least one image"):
+            loader.of_each_class(count)

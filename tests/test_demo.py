@@ -31,7 +31,9 @@ def test_whole_demo_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "Each group alone, not retrained" in result.stdout
     assert "layer2.0.conv1" in result.stdout
     rows = {row["name"]: row for row in json.loads((folder / "results.json").read_text())["rows"]}
-    assert list(rows) == ["dense", "pruned", "compensated", "fine-tuned"]
+    compared = ["l1, recalibrated", "thinet, recalibrated"]
+    assert list(rows) == ["dense", "pruned", "compensated", *compared, "fine-tuned"]
+    assert all(rows[name]["macs"] == rows["pruned"]["macs"] for name in compared)
     assert 0.495 * rows["dense"]["macs"] <= rows["pruned"]["macs"] <= 0.5 * rows["dense"]["macs"]
     assert all(row["size"] and row["latency_ms"] and row["accuracy"] is not None for row in rows.values())
     assert rows["fine-tuned"]["size"] < rows["dense"]["size"]
@@ -39,6 +41,8 @@ def test_whole_demo_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert report.count("<h2>Sensitivity</h2>") == 1
     assert report.count("<svg") >= 5
     assert "layer3.2.conv2" in report
+    assert report.count("thinet, recalibrated") >= 1
+    assert "beside-thinet, after batch norm" in report
     assert "in float64, at random weights too" in report
     assert (folder / "model.onnx").stat().st_size > 10_000
     small = load(folder / "pruned", build("zoo:resnet20"))

@@ -12,8 +12,11 @@ from torch import Tensor, nn
 
 import secateur as sc
 from bare_loop import X, batches, chain, small
+from law import assert_law
+from secateur.criteria import thinet_with
 from secateur.plans import fingerprint
 from secateur.sensitivities import GroupCurve, Sensitivity
+from turns_by_hand import pursued_by_loops, removed_by_loops, rows_of
 
 DATA = list(batches(0, 2))
 
@@ -53,6 +56,58 @@ def test_activations_decide() -> None:
     for name, width in (("a.0", 4), ("b.0", 6), ("c.0", 8)):
         assert found.keep[name] == top(naive_maps(net, name).mean((0, 2, 3)), width)
     assert found.keep != sc.plan(net, X, ratios=0.5).keep
+
+
+@pytest.mark.parametrize("name", ["thinet", "thinet_omp"])
+def test_outputs_of_the_next_layers_decide(name: str) -> None:
+    net = chain().double().eval()
+    data = [x.double() for x, _ in DATA]
+    found = sc.plan(net, X.double(), criterion=name, ratios=0.5, data=data)
+    groups = {group.name: group for group in found.groups}
+    for group, width in (("a.0", 4), ("b.0", 6), ("c.0", 8)):
+        layer = {"a.0": "b.0", "b.0": "c.0", "c.0": "head"}[group]
+        parts, target = rows_of(net, groups, group, {}, data)
+        assert parts.shape[1] == net.get_submodule(layer).weight.shape[1]
+        gone = removed_by_loops(parts, target, groups[group].channels - width)
+        want = [c for c in range(groups[group].channels) if c not in gone]
+        assert list(found.keep[group]) == (want if name == "thinet" else sorted(pursued_by_loops(parts, target, width)))
+    assert_law(sc.trace(net, X.double()), X.double(), found)
+
+
+def test_samples_depend_on_the_seed_and_on_how_many_are_drawn() -> None:
+    net = chain()
+    keeps = [
+        sc.plan(net, X, criterion=criterion, ratios=0.5, data=DATA, seed=seed).keep
+        for criterion, seed in (("thinet_sampled", 0), ("thinet_sampled", 0), ("thinet_sampled", 1))
+    ]
+    assert keeps[0] == keeps[1] != keeps[2]
+    few, many = (thinet_with(statistics="samples", locations=n) for n in (2, 2000))
+    ratios = {"b.0": 6, "c.0": 8}
+    plans = [sc.plan(net, X, criterion=name, ratios=ratios, data=DATA).keep for name in (few, many, "thinet")]
+    assert plans[0] != plans[1] == plans[2]  # many draws come to what all outputs say
+
+
+def test_one_group_alone_is_cut_as_sensitivity_does() -> None:
+    net, judged = chain(), []
+    for criterion in ("thinet", "thinet_sequential"):
+        found = sc.sensitivity(
+            net, X, lambda m: float(m(X).mean()), criterion=criterion, ratios=(0.5,), groups="b.0", data=DATA
+        )
+        judged.append((found.curves[0].scores, found.curves[0].importance))
+    assert judged[0] == judged[1]
+
+
+def test_data_are_read_once_for_the_dense_network_and_once_for_turns() -> None:
+    net, budget = chain(), sc.Budget(keep=0.6)
+    for criterion, options, reads in (
+        ("thinet", {"ratios": 0.5}, 1),
+        ("thinet", {"budget": budget}, 1),
+        ("thinet_sequential", {"ratios": 0.5}, 1),
+        ("thinet_sequential", {"budget": budget}, 2),
+    ):
+        data = Counted()
+        sc.plan(net, X, criterion=criterion, data=data, **options)  # type: ignore[arg-type]
+        assert data.reads == reads, (criterion, options)
 
 
 def test_gradients_decide_and_leave_no_trace() -> None:

@@ -13,8 +13,9 @@ from secateur.recipes import parse_recipe
 from secateur.zoo.torchvision_shim import import_torchvision
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = sorted(set((ROOT / "docs").glob("*.md")) - {ROOT / "docs" / "how-much-can-i-prune.md"})
-"""All but the one that trains: test_docs_sensitivity runs that."""
+OWN_TESTS = {ROOT / "docs" / name for name in ("how-much-can-i-prune.md", "thinet.md")}
+"""The pages that train: test_docs_sensitivity and test_docs_thinet run them."""
+DOCUMENTS = sorted(set((ROOT / "docs").glob("*.md")) - OWN_TESTS)
 
 
 def blocks(language: str) -> list[str]:

@@ -277,3 +277,39 @@ def test_recipes_are_frozen() -> None:
     recipe: Recipe = parse_recipe(GOOD)
     with pytest.raises(ValueError, match="frozen"):
         recipe.seed = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            change(
+                "{kind: iterative, steps: 3, training: {<<: *t, epochs: 1}}",
+                "{kind: layer-by-layer, longer: {a: {lr: 0}}}",
+            ),
+            "line 6: prune.schedule.longer.a.lr: cannot train with lr=0.0: lr is a number above 0",
+        ),
+        (
+            change("{kind: iterative, steps: 3, training: {<<: *t, epochs: 1}}", "{kind: layer-by-layer, together: a}"),
+            "line 6: prune.schedule.together: should be a list, not 'a'",
+        ),
+        (
+            change("budget: {keep: 0.5}", "per_class: 0"),
+            "line 5: prune.per_class: should be greater than or equal to 1",
+        ),
+        (
+            change("budget: {keep: 0.5}", "beside: [thinets]"),
+            "line 5: prune.beside.0: there is no criterion 'thinets'; did you mean 'thinet'?",
+        ),
+        (change("budget: {keep: 0.5}", "beside: [l2, l2]"), "line 5: prune.beside.1: 'l2' is there already"),
+        (
+            change("budget: {keep: 0.5}", "beside: [l2]"),
+            "line 5: prune.beside: criteria are compared where all is cut at once: take the schedule one-shot",
+        ),
+        (change("options:", "head: none, options:"), "line 1: model.head: 'none' is none of own, pooled"),
+    ],
+)
+def test_mistakes_about_thinets_schedule(text: str, message: str) -> None:
+    with pytest.raises(BadRequest) as raised:
+        parse_recipe(text)
+    assert message in str(raised.value)

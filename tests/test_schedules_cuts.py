@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from bare_loop import X, chain, same_weights, sgd, small, train
 from law import relative_error
 from networks import NETWORKS
 from secateur.groups import couple
+from secateur.recover import compensate_
 from secateur.recover.hooks import Hooks
 from secateur.schedules import (
     iterative,
@@ -26,6 +28,7 @@ from secateur.schedules import (
 )
 from secateur.schedules.options import Options, partway, start_of, successors
 from secateur.schedules.steps import forward_order
+from turns_by_hand import removed_by_loops, rows_of
 
 
 def widths(plan: sc.Plan) -> dict[str, int]:
@@ -240,6 +243,44 @@ def test_layer_by_layer_ends_at_the_widths_decided_up_front() -> None:
     narrower = list(layer_widths(net, X, budget=budget))
     assert cuts == [entry for i, name in enumerate(narrower) for entry in (("cut", name), ("train", str(i)))]
     assert relative_error(sc.apply(net, made.plan).eval()(X), sc.masked(net, made.plan)(X)) < 1e-4
+
+
+def test_layers_that_are_cut_together_have_no_training_between_them() -> None:
+    net, calls = chain(), []
+    options: Options = {"ratios": 0.5, "criterion": "l1"}
+    for together in ("b.0", ["[a]*", "b.0", "c.0"], ()):
+        calls.append([])
+        layer_by_layer(net, X, between=lambda m, i: calls[-1].append(i), together=together, **options)
+    assert calls == [[0, 2], [2], [0, 1, 2]]
+    with pytest.raises(sc.BadRequest, match=r"together: no group is called, or matches, 'd'"):
+        layer_by_layer(net, X, between=nothing, together="d", **options)
+
+
+def test_thinet_layer_by_layer_measures_what_cuts_and_compensation_have_left() -> None:
+    """Cut, compensate, measure anew: as the paper does it, by hand."""
+    net, data = chain().double().eval(), [x.double() for x in (torch.randn(8, 3, 8, 8), torch.randn(4, 3, 8, 8))]
+    x = X.double()
+
+    def compensated(pruned: nn.Module, previous: nn.Module, plan: sc.Plan) -> None:
+        compensate_(pruned, previous, plan, data)
+
+    result = layer_by_layer(
+        net, x, between=nothing, after_cut=compensated, criterion="thinet", data=data, ratios={"a.0": 4, "b.0": 6}
+    )
+    here: nn.Module = net
+    for name, width in (("a.0", 4), ("b.0", 6)):
+        groups = {group.name: group for group in sc.find_groups(here, x) if not group.locked}
+        parts, target = rows_of(here, groups, name, {}, data)
+        gone = removed_by_loops(parts, target, groups[name].channels - width)
+        kept = tuple(c for c in range(groups[name].channels) if c not in gone)
+        plan = dataclasses.replace(
+            sc.plan(here, x, ratios={name: width}),
+            keep={g: tuple(range(groups[g].channels)) for g in groups} | {name: kept},
+        )
+        small = sc.apply(here, plan)
+        compensate_(small, here, plan, data)
+        here = small
+    assert same_weights(result, here)
 
 
 def test_a_layer_is_scored_on_the_network_that_training_has_left() -> None:

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secateur.core import Group, GroupView, MapStatistics, Slice
+from secateur.core import Group, GroupView, MapStatistics, OutputMoments, Slice
 from secateur.errors import BadRequest, CannotPrune, SecateurWarning
 from secateur.pipeline import plan
 from secateur.scores import normalise, score
@@ -174,3 +174,34 @@ def test_plans_of_criteria_that_say_nothing_warn_the_caller() -> None:
     assert caught[0].filename == __file__
     with pytest.warns(SecateurWarning, match=r"'mean_std' scores .* in 1 of 2 groups \('3'\)"):
         plan(model, x, ratios=0.5, criterion="mean_std", data=[x])
+
+
+def _moments(channels: int) -> OutputMoments:
+    gram = torch.eye(channels, dtype=torch.float64)[None]
+    one = torch.ones(1, dtype=torch.float64)
+    return OutputMoments(("next",), 9 * one, gram, gram.sum(2), channels * one, channels * one)
+
+
+def test_moments_of_outputs_are_evidence_of_as_many_channels() -> None:
+    evidence = {"a": {"outputs": _moments(4)}, "b": {"outputs": _moments(5)}}
+    match = r"the outputs given for group 'b' are of 5 channels, and it has 6\n  do: collect them anew"
+    with pytest.raises(BadRequest, match=match):
+        score(GROUPS, TENSORS, "thinet", evidence=evidence)
+    with pytest.raises(BadRequest, match=r"'thinet' reads the outputs of group 'a', which were not measured"):
+        score(GROUPS, TENSORS, "thinet", evidence={})
+
+
+def test_a_users_criterion_may_write_into_the_moments_it_sees() -> None:
+    def mine(view: GroupView) -> torch.Tensor:
+        assert view.outputs is not None
+        found = view.outputs.gram[0].diagonal().clone() + torch.arange(len(view.outputs.target[0]))
+        for value in (view.outputs.gram, view.outputs.target, view.outputs.energy):
+            value.zero_()
+        return found
+
+    mine.reads = ("outputs",)  # type: ignore[attr-defined]
+    evidence = {"a": {"outputs": _moments(4)}, "b": {"outputs": _moments(6)}}
+    scores = score(GROUPS, TENSORS, mine, evidence=evidence)
+    assert scores["a"].tolist() == [1, 2, 3, 4]
+    assert torch.equal(evidence["a"]["outputs"].gram, torch.eye(4, dtype=torch.float64)[None])
+    assert float(evidence["b"]["outputs"].energy) == 6

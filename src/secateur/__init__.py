@@ -27,6 +27,7 @@ from secateur.errors import (
 )
 from secateur.graph import Graph, trace
 from secateur.groups import find_groups
+from secateur.heads import pool_head
 from secateur.masks import masked
 from secateur.measurement import measure
 from secateur.onnx_file import export_onnx
@@ -76,6 +77,7 @@ __all__ = [
     "masked",
     "measure",
     "plan",
+    "pool_head",
     "ratios_from",
     "rebind",
     "record",

@@ -185,10 +185,13 @@ def _matches(
     return [g for g in groups if g.name in found], [g for g in locked if g.name in found]
 
 
-def excluded_groups(groups: Sequence[Group], exclude: str | Sequence[str], locked: Sequence[Group]) -> set[str]:
-    """The names of the free groups that keep everything. To exclude what is locked anyway is no mistake."""
+def excluded_groups(
+    groups: Sequence[Group], exclude: str | Sequence[str], locked: Sequence[Group], *, what: str = "exclude"
+) -> set[str]:
+    """The names of the free groups that names or globs mean, those that keep everything. To exclude what is locked
+    anyway is no mistake. ``what``: what the option is called."""
     patterns = (exclude,) if isinstance(exclude, str) else exclude
-    return {g.name for pattern in patterns for g in _matches(pattern, groups, locked, "exclude")[0]}
+    return {g.name for pattern in patterns for g in _matches(pattern, groups, locked, what)[0]}
 
 
 def fixed_widths(

@@ -10,10 +10,10 @@ from __future__ import annotations
 import ast
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from secateur import artifact
 from secateur.artifact import WEIGHTS_FILE, load
 from secateur.errors import BadArtifact, BadPlan, BadRequest, nearest
 from secateur.graph import Inputs
+from secateur.heads import pool_head
 from secateur.masks import example_from
 from secateur.plans import Plan
 from secateur.zoo import MODELS
@@ -30,13 +31,16 @@ from secateur.zoo.weights import load_weights
 
 FORMS = "write zoo:NAME, torchvision:NAME, timm:NAME, package.module:function, or a folder that secateur apply saved"
 LIBRARIES = ("zoo:", "torchvision:", "timm:")
-SHAPE_OPTIONS = ("classes", "num_classes", "in_channels", "in_chans", "img_size", "shortcut", "head")
+SHAPE_OPTIONS = tuple(
+    "classes num_classes in_channels in_chans img_size image_size shortcut head widths inner hidden".split()
+)
 """What a saved folder may pass to the function that builds its network: sizes, nothing that loads or downloads."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """How to build a network, as typed. ``shape`` is of the whole input, batch included."""
+    """How to build a network, as typed. ``shape`` is of the whole input, batch included. ``head``: ``pooled`` for what
+    ``pool_head`` makes of it."""
 
     name: str
     weights: Path | None = None
@@ -44,6 +48,7 @@ class Source:
     seed: int = 0
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     base: str | None = None
+    head: Literal["own", "pooled"] = "own"
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,15 @@ def fresh(source: Source) -> nn.Module:
         model = build(source.name, **source.options)
     if source.weights is not None:
         load_weights(model, source.weights)
-    return model.eval()
+    return with_head(model.eval(), source)
+
+
+def with_head(model: nn.Module, source: Source, data: Iterable[Any] | None = None, *, check: bool = False) -> nn.Module:
+    """``model``, or what ``pool_head`` makes of it by ``source.seed`` where that is asked for, fitted on ``data``."""
+    if source.head == "own":
+        return model
+    inputs = _inputs(source.name, model, source.shape)
+    return pool_head(model, inputs, data=data, seed=source.seed, check=check).eval()
 
 
 def read_plan(path: Path) -> Plan:
@@ -99,6 +112,8 @@ def read_plan(path: Path) -> Plan:
 def remember_model(plan: Plan, source: Source) -> Plan:
     """``plan`` with the name and options its network was built by, so that a saved folder can be opened again."""
     made_by = {**plan.made_by, "model": source.name, "options": dict(source.options)}
+    if source.head != "own":
+        made_by["head"] = source.head
     return dataclasses.replace(plan, made_by=made_by)
 
 
@@ -177,6 +192,9 @@ def _open_folder(folder: Path, source: Source) -> Subject:
         source = dataclasses.replace(source, options=dict(options))
     base = source.base or str(named)
     source = dataclasses.replace(source, name=base, base=None)
+    if plan.made_by.get("head") == "pooled":
+        shapes = [] if source.shape else [given["shape"] for given in plan.inputs.get("args", ()) if "shape" in given]
+        source = dataclasses.replace(source, head="pooled", shape=tuple(shapes[0]) if shapes else source.shape)
     dense = fresh(source)
     small = load(folder, dense)
     inputs = _inputs(base, dense, source.shape) if source.shape or not plan.inputs else example_from(plan)

@@ -198,9 +198,14 @@ def _print_named() -> None:
     for name, network in NETWORKS.items():
         row = printed[name]
         ratios = ", ".join(f"{100 * ratio:g}" for ratio in dict.fromkeys(network.ratios.values()))
-        table.add_row(name, network.model, network.data, f"{ratios} %", f"−{row.flops_drop} %", f"−{row.params_drop} %")
+        drops = [
+            f"−{drop} %" if drop else left
+            for drop, left in zip((row.flops_drop, row.params_drop), (row.flops, row.params), strict=True)
+        ]
+        table.add_row(name, network.model, network.data, f"{ratios} %", *drops)
     show.out().print(table)
-    show.say(f"variants: {', '.join(VARIANTS)}")
+    for paper, variants in VARIANTS.items():
+        show.say(f"variants of {paper}: {', '.join(variants)}")
 
 
 def _carry_out(recipe: Recipe, folder: Path, *, smoke: bool, allow_import: bool, cpu: bool) -> None:

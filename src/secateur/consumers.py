@@ -1,9 +1,10 @@
 """Consumers: the calls that read a group's channels and are affine in them, each with where the channels lie in what it
 reads.
 
-Convolutions, transposed convolutions and linear operations are, if their weight does not depend on the input. Channels
-are found by their labels, so that concatenations, residual streams, partitions and flattened maps need no code of their
-own: a depthwise convolution is passed on the way, and what reads behind it is the consumer.
+Convolutions, transposed convolutions and linear operations are, if their weight depends neither on the input nor on
+which channels are there (under weight norm, what is kept changes when others go). Channels are found by their labels,
+so that concatenations, residual streams, partitions and flattened maps need no code of their own: a depthwise
+convolution is passed on the way, and what reads behind it is the consumer.
 """
 
 from __future__ import annotations
@@ -15,15 +16,19 @@ from torch import fx
 
 from secateur.core import Group
 from secateur.groups import Coupling
+from secateur.interpreter import Env, Masks, zeroed
+from secateur.layer_weights import MOVES
 from secateur.nodes import module_stack, named_args, op_name, shape_of
 from secateur.patches import Layout, layout_of
-from secateur.taps import places
+from secateur.taps import ACTIVATIONS, places
 
 _CONVOLUTIONS = frozenset("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split())
 _OPERANDS = {"linear": ("input", "weight"), "addmm": ("mat1", "mat2"), "mm": ("self", "mat2")} | {
     "matmul": ("self", "other"),
     **dict.fromkeys(_CONVOLUTIONS, ("input", "weight")),
 }
+_BY_PLACE = MOVES | ACTIVATIONS | frozenset("add sub mul div neg abs exp".split())
+"""Operations on weights of which each result belongs to one place."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +103,32 @@ def affine(node: fx.Node, coupling: Coupling) -> Affine | str:
         return "its weight is a vector"
     if name not in _CONVOLUTIONS and rank != 2:
         return "its weight is a stack of matrices"
+    if not _by_itself(weight):
+        return "its weight is computed from all channels together, and changes when some go"
     return Affine(node, source, weight, layout_of(node, turned=False))
+
+
+def _by_itself(weight: fx.Node) -> bool:
+    """Whether every element of a weight depends on elements of parameters at its own place only, so that it stays what
+    it is when others are removed: a weight that is normalised by its norm does not."""
+    todo, seen = [weight], {weight}
+    while todo:
+        node = todo.pop()
+        if node.op == "call_function" and op_name(node) not in _BY_PLACE:
+            return False
+        new = [source for source in node.all_input_nodes if source not in seen]
+        seen.update(new)
+        todo += new
+    return True
+
+
+def value_read(call: Affine, env: Env, masks: Masks | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a call reads and the value of its weight, of the live values ``env`` in front of it. With ``masks``, what
+    they remove is zero in what it reads, as it is to the call itself."""
+    x = env[call.source]
+    if masks is not None:
+        x = zeroed(x, masks.read(call.node).get(call.source, ()))
+    return x, env[call.weight]
 
 
 def caller(node: fx.Node) -> str:

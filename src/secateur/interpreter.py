@@ -131,12 +131,13 @@ def run_node(masks: Masks, node: fx.Node, env: Mapping[fx.Node, Any], adapt: Ada
     read = masks.read(node)
     if read and node in masks.coupling.passes[masks.index].norms:
         return _norm(masks, node, env, adapt)
-    zeroed = {source: _zeroed(env[source], found) for source, found in read.items()}
-    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: zeroed[n] if n in zeroed else env[n])
+    masked = {source: zeroed(env[source], found) for source, found in read.items()}
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: masked[n] if n in masked else env[n])
     return adapt.call(node, args, kwargs)
 
 
-def _zeroed(value: torch.Tensor, masks: Sequence[Mask]) -> torch.Tensor:
+def zeroed(value: torch.Tensor, masks: Sequence[Mask]) -> torch.Tensor:
+    """``value`` with zeros at the positions that do not stay."""
     for axis, mask in enumerate(masks):
         if mask is not None:
             shape = [1] * value.dim()

@@ -22,7 +22,7 @@ from secateur.labels import compress, varying
 from secateur.nodes import named_args, op_name
 from secateur.views import FIELDS
 
-_MOVES = frozenset(
+MOVES = frozenset(
     """
     view reshape _unsafe_view view_as unsqueeze squeeze flatten unflatten permute transpose t movedim swapaxes numpy_T
     mT contiguous clone alias detach expand expand_as select slice narrow split split_with_sizes chunk unbind getitem
@@ -63,7 +63,7 @@ def _computing(end: fx.Node, below: Collection[fx.Node]) -> list[fx.Node]:
         node = todo.pop()
         if node.op == "get_attr":
             continue
-        if op_name(node) not in _MOVES:
+        if op_name(node) not in MOVES:
             found.append(node)
             continue
         sources = [n for n in node.all_input_nodes if n in below and n not in seen]

@@ -10,8 +10,8 @@ Shapes: ``G`` partitions, ``N`` samples times output positions, ``O`` and ``I`` 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -40,8 +40,8 @@ class Layout:
 
     @property
     def channels_axis(self) -> int:
-        """The axis of the input that is summed over."""
-        return -1 if self.kind == "linear" else 1
+        """The axis of the input that is summed over, from the end: there need not be a batch."""
+        return -1 - len(self.kernel)
 
 
 def layout_of(node: fx.Node, turned: bool) -> Layout:
@@ -98,8 +98,8 @@ def weight_from(whole: torch.Tensor, layout: Layout) -> torch.Tensor:
 def outputs(x: torch.Tensor, whole: torch.Tensor, layout: Layout) -> torch.Tensor:
     """``[G, N, O]`` of ``y = W p`` without bias."""
     if layout.kind == "linear":
-        return F.linear(x.flatten(0, -2), whole[0, :, :, 0])[None]
-    x, stride = _laid_out(x, layout)
+        return F.linear(x.reshape(-1, x.shape[-1]), whole[0, :, :, 0])[None]
+    x, stride = laid_out(x, layout)
     weight = whole.flatten(0, 1).unflatten(-1, layout.kernel)
     y = _CONVOLUTIONS[len(layout.kernel)](x, weight, stride=stride, dilation=layout.dilation, groups=layout.groups)
     return y.flatten(2).unflatten(1, (layout.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
@@ -108,10 +108,10 @@ def outputs(x: torch.Tensor, whole: torch.Tensor, layout: Layout) -> torch.Tenso
 def patches(x: torch.Tensor, layout: Layout, dtype: torch.dtype) -> Iterator[torch.Tensor]:
     """``[G, n, P]`` for a part of the samples after the other, in the order of ``outputs``."""
     if layout.kind == "linear":
-        for rows in x.flatten(0, -2).split(max(1, CHUNK // (x.shape[-1] * dtype.itemsize))):
+        for rows in x.reshape(-1, x.shape[-1]).split(max(1, CHUNK // (x.shape[-1] * dtype.itemsize))):
             yield rows[None].to(dtype)
         return
-    x, stride = _laid_out(x, layout)
+    x, stride = laid_out(x, layout)
     rank = len(layout.kernel)
     sizes = [
         (n - d * (k - 1) - 1) // s + 1
@@ -127,13 +127,69 @@ def patches(x: torch.Tensor, layout: Layout, dtype: torch.dtype) -> Iterator[tor
         yield part.reshape(layout.groups, -1, math.prod(part.shape[2 + rank :]))
 
 
-def _laid_out(x: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, tuple[int, ...]]:
+def patches_at(x: torch.Tensor, rows: torch.Tensor, parts: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """``[n, I, K]``: patches of one partition each, ``parts [n]``, at ``rows [n]`` of ``outputs``."""
+    if layout.kind == "linear":
+        return x.reshape(-1, x.shape[-1])[rows].unsqueeze(2)
+    x = x[None] if x.dim() == len(layout.kernel) + 1 else x
+    images, *places = torch.unravel_index(rows, (len(x), *output_sizes(x.shape[2:], layout)))
+    flat = rows.new_zeros(len(rows), 1)
+    real = torch.ones_like(flat, dtype=torch.bool)
+    for axis, (place, size) in enumerate(zip(places, x.shape[2:], strict=True)):
+        zeros, step = (layout.stride[axis], 1) if layout.kind == "transposed" else (1, layout.stride[axis])
+        taps = torch.arange(layout.kernel[axis], device=x.device) * layout.dilation[axis] - layout.padding[axis][0]
+        at = place[:, None] * step + taps
+        inside = (at >= 0) & (at < (size - 1) * zeros + 1) & (at % zeros == 0)
+        flat = (flat[:, :, None] * size + (at // zeros).clamp(0, size - 1)[:, None]).flatten(1)
+        real = (real[:, :, None] & inside[:, None]).flatten(1)
+    columns = x.shape[1] // layout.groups
+    index = (parts[:, None] * columns + torch.arange(columns, device=x.device))[:, :, None]
+    return x.flatten(2)[images[:, None, None], index, flat[:, None]] * real[:, None]
+
+
+def output_sizes(sizes: Sequence[int], layout: Layout) -> tuple[int, ...]:
+    """How many outputs there are along each axis of an input of these ``sizes``."""
+    found = []
+    axes = zip(sizes, layout.kernel, layout.stride, layout.dilation, layout.padding, strict=True)
+    for size, kernel, stride, dilation, (before, after) in axes:
+        size, stride = ((size - 1) * stride + 1, 1) if layout.kind == "transposed" else (size, stride)
+        found.append((size + before + after - dilation * (kernel - 1) - 1) // stride + 1)
+    return tuple(found)
+
+
+def laid_out(x: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, tuple[int, ...]]:
     """The input with its padding written out, ``[B, C, ...]``, and the stride that is left to make."""
-    rank = len(layout.kernel)
-    x = x[None] if x.dim() == rank + 1 else x
-    stride = layout.stride
-    if layout.kind == "transposed":
-        wide = x.new_zeros(*x.shape[:2], *[(n - 1) * s + 1 for n, s in zip(x.shape[2:], stride, strict=True)])
-        wide[(slice(None), slice(None), *[slice(None, None, s) for s in stride])] = x
-        x, stride = wide, (1,) * rank
-    return F.pad(x, [n for pair in reversed(layout.padding) for n in pair]), stride
+    x = x[None] if x.dim() == len(layout.kernel) + 1 else x
+    x = stuffed(x, layout)
+    return F.pad(x, [n for pair in reversed(layout.padding) for n in pair]), unstuffed(layout, layout.groups).stride
+
+
+def stuffed(x: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """The input with the zeros between its elements that a transposed convolution puts there."""
+    if layout.kind != "transposed":
+        return x
+    wide = x.new_zeros(*x.shape[:2], *[(n - 1) * s + 1 for n, s in zip(x.shape[2:], layout.stride, strict=True)])
+    wide[(slice(None), slice(None), *[slice(None, None, s) for s in layout.stride])] = x
+    return wide
+
+
+def unstuffed(layout: Layout, groups: int) -> Layout:
+    """What is done to the stuffed input, with so many partitions."""
+    if layout.kind != "transposed":
+        return replace(layout, groups=groups)
+    return replace(layout, kind="conv", groups=groups, stride=(1,) * len(layout.kernel))
+
+
+def derivative(t: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """The derivative of ``sum of y t`` by ``x``, an input that is laid out; ``t [G, B, positions, O]``."""
+    rank, stride = len(layout.kernel), layout.stride
+    sizes = [
+        (n - d * (k - 1) - 1) // s + 1
+        for n, k, s, d in zip(x.shape[2:], layout.kernel, stride, layout.dilation, strict=True)
+    ]
+    along = t.permute(1, 0, 3, 2).flatten(1, 2).unflatten(2, sizes).contiguous()
+    zero = [0] * rank
+    found: torch.Tensor = torch.ops.aten.convolution_backward(
+        along, x, weight, None, stride, zero, layout.dilation, False, zero, layout.groups, [True, False, False]
+    )[0]
+    return found

@@ -6,12 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from secateur.allocation import allocate, excluded_groups, fixed_widths
 from secateur.calibration import Loss, collect
 from secateur.core import Budget, Criterion, Group
-from secateur.criteria import CRITERIA, check_given, label, reads, resolve
+from secateur.criteria import CRITERIA, check_given, is_sequential, label, locations, reads, resolve
 from secateur.errors import BadRequest, WrongModel, nearest
 from secateur.graph import Graph, Inputs, trace
 from secateur.groups import Coupling, Prefer, couple
@@ -23,6 +24,7 @@ from secateur.scores import score
 from secateur.selection import front_to_back
 from secateur.sensitivities import Sensitivity
 from secateur.sensitivities.choice import losses
+from secateur.sequential import KINDS, front_to_back_on_data
 from secateur.version import __version__
 
 Residual = Literal["coupled", "inner", "projection", "scatter"]
@@ -65,33 +67,43 @@ def plan(
     ``"projection"`` scores a residual stream by its shortcut projection alone, and leaves whole one that has none (Li
     et al. 2017, section 3.4; see ``residuals.py``). ``greedy``: which channels go is decided front to back, with the
     weights of what is gone already left out (Li et al. 2017, section 3.3; see ``selection.py`` for what that means to
-    criteria other than norms). How many go is not affected by it.
+    criteria other than norms; those that look at what the next layers put out see it measured anew for each group,
+    ``sequential.py``; ``"thinet_sequential"`` is always greedy). How many go is not affected by it.
 
     Raises ``CannotCapture``, ``BadRequest``, ``Unreachable``, ``CannotPrune`` or ``WrongModel`` (a sensitivity of
     another network), each with what to do about it.
     """
     how = _Request(criterion, budget, ratios, exclude, allocation, data, loss, residual, greedy, sensitivity)
     how = replace(how, prefer=prefer, min_channels=min_channels, round_to=round_to, seed=seed)
-    _check_request(how)
-    _check_sensitivity(how)
-    _check_criterion(how)
+    _check(how)
     return _decide(trace(model, example_inputs), how)
+
+
+def widths(graph: Graph, **options: Any) -> dict[str, int]:
+    """How many channels of each group ``plan(graph, **options)`` keeps. Where ratios alone say so, nothing is measured.
+
+    Raises what ``plan`` does, but for what is wrong with data that are not looked at.
+    """
+    how = _Request(**options)
+    _check(how)
+    kept, _ = _allocated(_opened(graph, how), how, measure=how.budget is not None)
+    return {name: len(own) for name, own in kept.items()}
 
 
 @dataclass(frozen=True, eq=False)
 class _Request:
     """The options of ``plan``."""
 
-    criterion: str | Criterion
-    budget: Budget | None
-    ratios: float | Mapping[str, float] | None
-    exclude: str | Sequence[str]
-    allocation: str
-    data: Iterable[Any] | None
-    loss: Loss | None
-    residual: Residual
-    greedy: bool
-    sensitivity: Sensitivity | None
+    criterion: str | Criterion = "l1"
+    budget: Budget | None = None
+    ratios: float | Mapping[str, float] | None = None
+    exclude: str | Sequence[str] = ()
+    allocation: str = "global"
+    data: Iterable[Any] | None = None
+    loss: Loss | None = None
+    residual: Residual = "coupled"
+    greedy: bool = False
+    sensitivity: Sensitivity | None = None
     prefer: Prefer = "channels"
     min_channels: int = 1
     round_to: int = 1
@@ -99,17 +111,56 @@ class _Request:
 
 
 def _decide(graph: Graph, how: _Request) -> Plan:
+    coupling = _opened(graph, how)
+    by_turns = how.greedy or is_sequential(how.criterion)
+    anew = by_turns and not set(KINDS).isdisjoint(reads(how.criterion))  # measured when a group has its turn
+    keep, evidence = _allocated(coupling, how, measure=how.budget is not None or not anew)
+    if by_turns:
+        judged = {group.name: group for group in _judged(coupling, how)}
+        counts = {name: len(kept) for name, kept in keep.items()}
+        if anew:
+            assert how.data is not None
+            keep = front_to_back_on_data(
+                coupling, judged, counts, how.criterion, how.data, loss=how.loss, seed=how.seed, evidence=evidence
+            )
+        else:
+            keep = front_to_back(coupling, judged, counts, how.criterion, seed=how.seed, evidence=evidence)
+    return Plan(
+        groups=coupling.groups,
+        keep=keep,
+        model=fingerprint(graph.model),
+        inputs=input_specs(graph.args, graph.kwargs),
+        made_by=_made_by(how),
+        residual="inner" if how.residual == "inner" else "coupled",
+        graph=graph,
+    )
+
+
+def _opened(graph: Graph, how: _Request) -> Coupling:
+    """The groups of the network, sure to be those that a sensitivity speaks of."""
     if how.sensitivity is not None:
         how.sensitivity.check(graph.model)
     coupling = couple(graph, how.prefer)
     _check_curves(coupling, how)
+    return coupling
+
+
+def _allocated(
+    coupling: Coupling, how: _Request, *, measure: bool
+) -> tuple[dict[str, tuple[int, ...]], dict[str, dict[str, Any]]]:
+    """What every group keeps, scored on the dense network, and what was measured there. Without ``measure``, only how
+    many channels are kept counts."""
     whole = kept_whole(coupling, how.residual)
-    judged = _judged(coupling, whole, how)
+    judged = _judged(coupling, how)
     evidence: dict[str, dict[str, Any]] = {}
-    if how.data is not None:
-        evidence = collect(coupling, judged, reads(how.criterion), how.data, loss=how.loss)
-    shown, tensors = as_read(coupling, judged, reads(how.criterion))
-    scores = score(shown, tensors, how.criterion, seed=how.seed, evidence=evidence)
+    scores = {group.name: torch.zeros(group.channels) for group in judged}
+    if measure:
+        fields = reads(how.criterion)
+        if how.data is not None:
+            drawn = locations(how.criterion)
+            evidence = collect(coupling, judged, fields, how.data, loss=how.loss, locations=drawn, seed=how.seed)
+        shown, tensors = as_read(coupling, judged, fields)
+        scores = score(shown, tensors, how.criterion, seed=how.seed, evidence=evidence)
     keep = allocate(
         coupling.groups,
         scores,
@@ -124,23 +175,12 @@ def _decide(graph: Graph, how: _Request) -> Plan:
         whole=whole,
         losses=None if how.sensitivity is None else losses(how.sensitivity),
     )
-    if how.greedy:
-        widths = {name: len(kept) for name, kept in keep.items()}
-        seen = {group.name: group for group in judged}
-        keep = front_to_back(coupling, seen, widths, how.criterion, seed=how.seed, evidence=evidence)
-    return Plan(
-        groups=coupling.groups,
-        keep=keep,
-        model=fingerprint(graph.model),
-        inputs=input_specs(graph.args, graph.kwargs),
-        made_by=_made_by(how),
-        residual="inner" if how.residual == "inner" else "coupled",
-        graph=graph,
-    )
+    return keep, evidence
 
 
-def _judged(coupling: Coupling, whole: Mapping[str, str], how: _Request) -> list[Group]:
+def _judged(coupling: Coupling, how: _Request) -> list[Group]:
     """The groups that may get narrower, as the criterion is to see them: the others need not be scored."""
+    whole = kept_whole(coupling, how.residual)
     excluded = excluded_groups(coupling.groups, how.exclude, coupling.locked)
     fixed = fixed_widths(coupling.groups, how.ratios, coupling.locked, whole)
     projected = scored_by_projection(coupling) if how.residual == "projection" else {}
@@ -153,6 +193,12 @@ def _judged(coupling: Coupling, whole: Mapping[str, str], how: _Request) -> list
 
 
 # What may be asked for -------------------------------------------------------------------------------------------
+
+
+def _check(how: _Request) -> None:
+    _check_request(how)
+    _check_sensitivity(how)
+    _check_criterion(how)
 
 
 def _check_request(how: _Request) -> None:
@@ -210,12 +256,12 @@ def _check_criterion(how: _Request) -> None:
     check_given(criterion, how.data, how.loss)
     if not isinstance(how.greedy, bool):
         raise BadRequest(f"greedy={how.greedy!r} is neither True nor False")
-    if how.greedy and (function is CRITERIA["random"] or "filters" not in reads(criterion)):
+    if how.greedy and (function is CRITERIA["random"] or {"filters", *KINDS}.isdisjoint(reads(criterion))):
         looks = "at nothing" if function is CRITERIA["random"] else f"at {', '.join(reads(criterion))}"
         raise BadRequest(
             f"greedy means nothing to criterion {name!r}, which looks {looks}: greedy selection leaves the weights of "
-            "removed channels out of what a criterion sees of the filters\n"
-            "  do: leave greedy out, or take a criterion that looks at filters, such as 'l1'"
+            "removed channels out of what a criterion sees of the filters, or of what comes through them\n"
+            "  do: leave greedy out, or take a criterion that looks at filters, such as 'l1', or at outputs: 'thinet'"
         )
 
 

@@ -56,7 +56,7 @@ def prove(coupling: Coupling, class_keep: torch.Tensor, *, copies: int = 1, anew
     Raises ``CannotPrune`` if nothing tells."""
     tensors = coupling.graph.tensors
     why = ""
-    for inputs in (_rich_inputs(coupling, copies), _example(coupling)):
+    for inputs in (telling_inputs(coupling, copies), _example(coupling)):
         for make in (redrawn if anew else perturbed, doubles):
             state = make(tensors)
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -169,7 +169,7 @@ def _example(coupling: Coupling) -> list[torch.Tensor]:
     return [torch.cat([t[:1], t[-1:]]) if m else t for t, m in zip(tensors, marks, strict=True)]
 
 
-def _rich_inputs(coupling: Coupling, copies: int) -> list[torch.Tensor]:
+def telling_inputs(coupling: Coupling, copies: int) -> list[torch.Tensor]:
     """One example of the user's and ``copies`` random ones of its size behind it; where there is no batch, random
     numbers instead of a constant example."""
     generator = torch.Generator().manual_seed(0)

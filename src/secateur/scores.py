@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from secateur.core import Criterion, Group, GroupView, MapStatistics
+from secateur.core import Criterion, Group, GroupView, MapStatistics, OutputMoments
 from secateur.criteria import EVIDENCE, is_ours, label, reads, resolve
 from secateur.errors import BadRequest, CannotPrune, SecateurWarning
 from secateur.views import view
@@ -61,7 +61,7 @@ def _warn_of_ties(scores: Mapping[str, torch.Tensor], label: str) -> None:
             "  do: exclude these groups, or use a criterion that tells their channels apart, such as 'l1' (zeros say "
             "nothing behind a SiLU, deviations nothing of maps of one position, scales nothing before training)",
             SecateurWarning,
-            stacklevel=5,
+            stacklevel=6,
         )
 
 
@@ -78,7 +78,7 @@ def _evidence(
                 f"criterion {label!r} reads the {field} of group {group.name!r}, which were not measured\n"
                 f"  do: pass data={also} to plan, or evidence= from collect to score"
             )
-        rows = (value if isinstance(value, torch.Tensor) else value.mean).shape[0]
+        rows = _channels(value)
         if rows != group.channels:
             raise BadRequest(
                 f"the {field} given for group {group.name!r} are of {rows} channels, and it has {group.channels}\n"
@@ -88,11 +88,17 @@ def _evidence(
     return found
 
 
+def _channels(value: torch.Tensor | MapStatistics | OutputMoments) -> int:
+    if isinstance(value, OutputMoments):
+        return value.gram.shape[-1]
+    return (value if isinstance(value, torch.Tensor) else value.mean).shape[0]
+
+
 def _copied(seen: GroupView) -> GroupView:
     """The same view on tensors of its own."""
 
     def own(value: Any) -> Any:
-        if isinstance(value, MapStatistics):
+        if isinstance(value, (MapStatistics, OutputMoments)):
             return replace(value, **{key: own(v) for key, v in vars(value).items()})
         return value.clone() if isinstance(value, torch.Tensor) else value
 

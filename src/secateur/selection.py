@@ -7,14 +7,15 @@ Source: Li et al., "Pruning Filters for Efficient ConvNets" (ICLR 2017), section
 for the filters ``j`` of one layer after the other; *independent* selection sums over all input channels.
 
 What that means to other criteria: whoever looks at filters (norms, distances between filters) is shown them without
-the input slices that are gone. Who looks at activations or gradients beside them is shown those of the dense network.
-To who looks at nothing but those, at norm weights only, or at nothing (``random``), greedy means nothing, and ``plan``
+the input slices that are gone. Who looks at the outputs of the next layers is shown those of a network in which they
+are gone (``sequential.py``). Who looks at activations or gradients beside them is shown those of the dense network. To
+who looks at nothing but those, at norm weights only, or at nothing (``random``), greedy means nothing, and ``plan``
 refuses it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,8 @@ from secateur.layer_weights import as_read
 from secateur.scores import score
 
 Tensors = dict[str, torch.Tensor]
+Measure = Callable[[str, Mapping[str, tuple[int, ...]]], Mapping[str, Any]]
+"""What data show of the group of that name, by field, where all groups keep so much."""
 
 
 def front_to_back(
@@ -38,6 +41,7 @@ def front_to_back(
     *,
     seed: int = 0,
     evidence: Mapping[str, Mapping[str, Any]] | None = None,
+    measure: Measure | None = None,
 ) -> dict[str, tuple[int, ...]]:
     """The sorted indices of the ``widths[name]`` channels that each group keeps, chosen greedily.
 
@@ -47,8 +51,9 @@ def front_to_back(
     has its turn at the first of them; what is removed between that and the last counts in full.
 
     ``judged``: the group as the criterion sees it, by name, for all groups that get narrower. ``evidence``: as for
-    ``score``; statistics of activations are those of the dense network. Each group is scored once, so that this costs
-    no more than independent selection, but for the copies of weights.
+    ``score``; statistics of activations are those of the dense network, but for what ``measure`` finds when a group has
+    its turn. Each group is scored once, so that this costs no more than independent selection, but for the copies of
+    weights and for measuring.
     """
     read, tensors = as_read(coupling, [*judged.values(), *coupling.groups], reads(criterion))
     seen = {group.name: group for group in read[: len(judged)]}
@@ -58,7 +63,10 @@ def front_to_back(
     for name in forward_order(coupling):
         width = widths.get(name, groups[name].channels)
         if width < groups[name].channels:
-            found = score([seen[name]], tensors, criterion, n_keep={name: width}, seed=seed, evidence=evidence)
+            known = evidence
+            if measure is not None:
+                known = {name: {**(evidence or {}).get(name, {}), **measure(name, keep)}}
+            found = score([seen[name]], tensors, criterion, n_keep={name: width}, seed=seed, evidence=known)
             keep[name] = highest(found[name], width)
             _leave_out(groups[name], keep[name], tensors, copied)
     return keep

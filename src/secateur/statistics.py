@@ -94,12 +94,6 @@ def moment_bytes(shape: tuple[int, int, int], device: torch.device, *, shared: b
     return numbers * accumulator(device).itemsize
 
 
-def sum_moments_(moments: Sequence[Moments]) -> None:
-    """Sum over the processes, shared tensors once."""
-    unique = {id(t): t for one in moments for t in one.tensors()}
-    sum_over_processes_(unique.values())
-
-
 # ---------------------------------------------------------------------------------------------------------- batches
 
 

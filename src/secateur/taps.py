@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import fx
 
+from secateur.capture import Capture
 from secateur.core import Group, Slice
 from secateur.errors import CannotPrune, nearest
 from secateur.groups import Coupling
@@ -213,5 +214,14 @@ def _tap(coupling: Coupling, group: Group, value: fx.Node, stop: fx.Node) -> Tap
             f"the feature maps of group {group.name!r} lie on one axis with the examples, at {op_name(value)} in "
             f"{source_line(value)}\n  do: exclude it, or use a criterion that looks at weights, such as 'l1'"
         )
-    counted = [d for d, size in enumerate(sizes) if d != axis and (isinstance(size, torch.SymInt) or not capture.free)]
-    return Tap(value, stop, axis, positions, counted[0] if counted and any(capture.batched) else None)
+    return Tap(value, stop, axis, positions, examples_axis(capture, value, axis))
+
+
+def examples_axis(capture: Capture, node: fx.Node, channels: int) -> int | None:
+    """The axis of a node's tensor that counts examples, not that of its channels; ``None`` where it is the same for
+    all of them. Where the capture does not tell axes apart, the first."""
+    if not any(capture.batched):
+        return None
+    sizes = node.meta["val"].shape
+    free = (d for d, size in enumerate(sizes) if isinstance(size, torch.SymInt) or not capture.free)
+    return next((d for d in free if d != channels % len(sizes)), None)

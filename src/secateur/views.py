@@ -40,7 +40,7 @@ def view(
     stands for its filters. float64 stays float64, all other floats become float32; tensors that are not floating point
     are indices rather than weights and are left out. ``fields`` saves the gathering of matrices that are not wanted
     (they get no columns), except for a group without filters, which is always shown in full. ``evidence``: what was
-    measured of the group on data (``maps``, ``activations``, ``products``), shown as it is.
+    measured of the group on data (``maps``, ``outputs``, ``products`` ...), shown as it is.
 
     Raises ``CannotPrune`` for a tensor that is missing or holds NaN or infinity.
     """

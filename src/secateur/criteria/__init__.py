@@ -16,6 +16,15 @@ from secateur.criteria.activations import apoz, mean_l1, mean_l2, mean_mean, mea
 from secateur.criteria.distances import fpgm, whc
 from secateur.criteria.gradients import taylor
 from secateur.criteria.norms import l1, l2
+from secateur.criteria.outputs import (
+    LOCATIONS,
+    thinet,
+    thinet_omp,
+    thinet_sampled,
+    thinet_sampled_omp,
+    thinet_sequential,
+    thinet_with,
+)
 from secateur.criteria.scales import bn_scale
 from secateur.errors import BadRequest, nearest
 from secateur.views import FIELDS
@@ -24,10 +33,12 @@ __all__ = [
     "CRITERIA",
     "READS",
     "check_given",
+    "locations",
     "needs_data",
     "needs_loss",
     "reads",
     "resolve",
+    "thinet_with",
 ]
 
 CRITERIA: dict[str, Criterion] = {
@@ -45,6 +56,11 @@ CRITERIA: dict[str, Criterion] = {
     "taylor": taylor,
     "whc": whc,
     "fpgm": fpgm,
+    "thinet": thinet,
+    "thinet_omp": thinet_omp,
+    "thinet_sampled": thinet_sampled,
+    "thinet_sampled_omp": thinet_sampled_omp,
+    "thinet_sequential": thinet_sequential,
 }
 
 READS: dict[Criterion, tuple[str, ...]] = {
@@ -62,6 +78,11 @@ READS: dict[Criterion, tuple[str, ...]] = {
     taylor: ("products",),
     whc: ("filters",),
     fpgm: ("filters",),
+    thinet: ("outputs",),
+    thinet_omp: ("outputs",),
+    thinet_sampled: ("samples",),
+    thinet_sampled_omp: ("samples",),
+    thinet_sequential: ("outputs",),
 }
 """Which fields of the view a criterion of ours reads, so that the others need not be gathered or measured."""
 
@@ -92,7 +113,7 @@ def is_ours(criterion: Criterion) -> bool:
 
 def reads(criterion: str | Criterion) -> tuple[str, ...]:
     """The fields of the view that a criterion reads, out of ``filters``, ``readers``, ``scales`` (gathered from the
-    weights) and ``maps``, ``activations``, ``products`` (measured on calibration data).
+    weights) and ``maps``, ``activations``, ``products``, ``outputs``, ``samples`` (measured on calibration data).
 
     A user's own function says so in its attribute ``reads``, a tuple of these names; without one it is shown the
     weights. Raises ``BadRequest`` for an unknown criterion, and for an attribute that names anything else.
@@ -117,6 +138,23 @@ def reads(criterion: str | Criterion) -> tuple[str, ...]:
 def needs_data(criterion: str | Criterion) -> bool:
     """Whether a criterion looks at activations or gradients, so that calibration data must be given."""
     return any(name in EVIDENCE for name in reads(criterion))
+
+
+def locations(criterion: str | Criterion) -> int:
+    """How many outputs of an image are drawn for a criterion that reads ``samples``: a function's attribute
+    ``locations``, 10 where it has none. Raises ``BadRequest`` for one that is no number of outputs."""
+    found: object = getattr(resolve(criterion), "locations", LOCATIONS)
+    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
+        raise BadRequest(
+            f"the criterion {label(criterion)!r} says locations={found!r}, which is not a number of outputs of an "
+            "image, 1 or more\n  do: set its attribute locations to one, or leave it out"
+        )
+    return found
+
+
+def is_sequential(criterion: str | Criterion) -> bool:
+    """Whether what it looks at is to be measured front to back, each group after all before it are decided."""
+    return resolve(criterion) is thinet_sequential
 
 
 def needs_loss(criterion: str | Criterion) -> bool:

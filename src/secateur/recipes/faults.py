@@ -10,6 +10,7 @@ from secateur.criteria import CRITERIA
 from secateur.errors import BadRequest, nearest
 from secateur.recipes.schema import (
     RANDOM,
+    OneShot,
     Progressive,
     Prune,
     Recipe,
@@ -66,6 +67,8 @@ def _raised(where: Where, settings: Training | DataSettings, check: Callable[[],
 def _faults_of_start(recipe: Recipe) -> Iterator[tuple[Where, str]]:
     model = recipe.model
     if is_folder(model.name):
+        if model.head != "own":
+            yield ("model", "head"), "a saved folder has the head that it was saved with: leave this out"
         if model.weights is not None:
             yield ("model", "weights"), "a saved folder has its own weights: leave this out"
         if recipe.train is not None:
@@ -101,7 +104,14 @@ def _faults_of_pruning(prune: Prune) -> Iterator[tuple[Where, str]]:
     for ratio in by_glob:
         if ratio < 0 or (isinstance(ratio, float) and ratio >= 1):
             yield ("prune", "ratios"), f"{ratio} is neither a fraction to remove, in [0, 1), nor a width"
+    for place, criterion in enumerate(prune.beside):
+        if criterion not in CRITERIA:
+            yield ("prune", "beside", place), f"there is no criterion {criterion!r}{nearest(criterion, CRITERIA)}"
+        elif criterion in prune.beside[:place]:
+            yield ("prune", "beside", place), f"{criterion!r} is there already"
     schedule = prune.schedule
+    if prune.beside and not isinstance(schedule, OneShot):
+        yield ("prune", "beside"), "criteria are compared where all is cut at once: take the schedule one-shot"
     if isinstance(schedule, (Progressive, Sparse)) and schedule.training.keep == "best":
         undone = "zeroing" if isinstance(schedule, Progressive) else "penalty"
         yield (

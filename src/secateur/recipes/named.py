@@ -1,186 +1,31 @@
-"""The papers' own networks as recipes, by name: ``named_recipe("li/resnet56-A")``, ``secateur run li/resnet56-A``.
+"""The papers' own networks as recipes, by name: ``named_recipe("li/resnet56-A")``, ``secateur run thinet/conv``.
 
-``NETWORKS`` is the literal table: the dense network, the fraction removed of every group, and the layers that stay
-whole, in the paper's numbers. A group of ``n`` channels keeps ``floor(n (1 - ratio) + 1e-9)``. The names are those of
-the rows in ``secateur.zoo.papers``, whose parameters and FLOPs the pruned networks have to the integer.
-
-- ``paper``: prune once by the filters' L1 norms, then train for 40 epochs (ImageNet: 20) at the constant rate 0.001.
-- ``tuned``: the same network, recovered as well as we can; see ``TUNED``.
-- ``iterative``: the same widths and as many epochs as ``paper``, in five cuts with training between them (the paper's
-  second strategy, section 3.4, for which it gives no numbers).
-- ``scratch``: the pruned architecture from random weights, trained as the dense network is.
-- ``random``, ``largest``: as ``paper``, but the filters that go are drawn, or are the largest.
-
-What differs from the paper: it reports the best test accuracy of all epochs, which chooses by the test images; we keep
-the last epoch. As in all of our training, momentum is Nesterov's. No images are held out for validation, since nothing
-is chosen by them; ``data.validation`` holds some out.
-
-Source: Li et al., "Pruning Filters for Efficient ConvNets" (ICLR 2017), sections 3 and 4 and Table 1. How the dense
-networks are trained follows the reproduction by Liu et al., "Rethinking the Value of Network Pruning" (ICLR 2019).
+``NETWORKS`` is the literal table, put together of those in ``li`` and ``thinet``: the dense network, the fraction
+removed of every group, and the layers that stay whole, in the paper's numbers. A group of ``n`` channels keeps
+``floor(n (1 - ratio) + 1e-9)``. The names are those of the rows in ``secateur.zoo.papers``, whose parameters and FLOPs
+the pruned networks have to the integer. ``VARIANTS`` are the ways to get there, by paper; each file says what its mean.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from secateur.errors import BadRequest, nearest
+from secateur.recipes import li, thinet
+from secateur.recipes.entries import Network
 from secateur.recipes.reading import make_recipe
 from secateur.recipes.schema import RANDOM, Recipe
 
-Variant = Literal["paper", "tuned", "iterative", "scratch", "random", "largest"]
-VARIANTS: tuple[Variant, ...] = get_args(Variant)
-
-CUTS = 5
-"""Of the iterative variant."""
-
-
-@dataclass(frozen=True)
-class Network:
-    """A pruned network of a paper. ``model``: the dense one, of the zoo. ``ratios``: ``{group or glob: ratio}``.
-
-    ``skip``: layers that stay whole whatever ``ratios`` says, numbered as the paper does: the stem is 1, then
-    convolution by convolution without the projections, so that block ``b`` of a ResNet (from 0, over all stages) begins
-    with layer ``2b + 2``. ``blocks``: how many there are in each stage. ``residual``: see ``secateur.plan``. ``train``:
-    what the dense network's training needs besides ``DENSE``.
-    """
-
-    model: str
-    data: Literal["cifar10", "imagenet"]
-    ratios: Mapping[str, float]
-    skip: tuple[int, ...] = ()
-    blocks: tuple[int, ...] = ()
-    residual: Literal["coupled", "inner", "projection"] = "inner"
-    train: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def exclude(self) -> list[str]:
-        """The groups that the skipped layers write."""
-        return [first_of_block(layer, self.blocks) for layer in self.skip]
-
-
-def first_of_block(layer: int, blocks: tuple[int, ...]) -> str:
-    """The group that a block's first convolution writes, by the layer's number in the paper.
-
-    >>> first_of_block(20, (9, 9, 9))
-    'layer2.0.conv1'
-    """
-    place, odd = divmod(layer - 2, 2)
-    for stage, count in enumerate(blocks, 1):
-        if 0 <= place < count and not odd:
-            return f"layer{stage}.{place}.conv1"
-        place -= count
-    raise BadRequest(
-        f"layer {layer} begins no block of a network of {blocks} blocks: those have even numbers from 2 on"
-    )
-
-
-VGG_A = ("features.0", "features.24", "features.27", "features.30", "features.34", "features.37", "features.40")
-"""Layers 1 and 8 to 13 of VGG-16."""
-RESNET56, RESNET110, RESNET34 = (9, 9, 9), (18, 18, 18), (3, 4, 6, 3)
-AROUND_STAGES = (2, 8, 14, 16, 26, 28, 30, 32)
-"""Of ResNet-34: layers beside the stages' ends."""
-
-NETWORKS: Mapping[str, Network] = {
-    "li/vgg16-A": Network("vgg16_cifar", "cifar10", dict.fromkeys(VGG_A, 0.5), residual="coupled"),
-    "li/resnet56-A": Network(
-        "resnet56",
-        "cifar10",
-        {"layer*.conv1": 0.1},
-        skip=(16, 20, 38, 54),
-        blocks=RESNET56,
-    ),
-    "li/resnet56-B": Network(
-        "resnet56",
-        "cifar10",
-        {"layer1.*.conv1": 0.6, "layer2.*.conv1": 0.3, "layer3.*.conv1": 0.1},
-        skip=(16, 18, 20, 34, 38, 54),
-        blocks=RESNET56,
-    ),
-    "li/resnet110-A": Network(
-        "resnet110",
-        "cifar10",
-        {"layer1.*.conv1": 0.5},
-        skip=(36,),
-        blocks=RESNET110,
-        train={"warmup": 1},
-    ),
-    "li/resnet110-B": Network(
-        "resnet110",
-        "cifar10",
-        {"layer1.*.conv1": 0.5, "layer2.*.conv1": 0.4, "layer3.*.conv1": 0.3},
-        skip=(36, 38, 74),
-        blocks=RESNET110,
-        train={"warmup": 1},
-    ),
-    "li/resnet34-A": Network(
-        "resnet34",
-        "imagenet",
-        {"layer1.*.conv1": 0.3, "layer2.*.conv1": 0.3, "layer3.*.conv1": 0.3},
-        skip=AROUND_STAGES,
-        blocks=RESNET34,
-    ),
-    "li/resnet34-B": Network(
-        "resnet34",
-        "imagenet",
-        {"layer1.*.conv1": 0.5, "layer2.*.conv1": 0.6, "layer3.*.conv1": 0.4},
-        skip=AROUND_STAGES,
-        blocks=RESNET34,
-    ),
-    # all that the third stage writes into its stream: identities, second convolutions and the projection, which decides
-    "li/resnet34-C": Network("resnet34", "imagenet", {"layer3.0.conv2": 0.2}, residual="projection"),
-}
-"""The rows of Table 1."""
-
-DATA: Mapping[str, Mapping[str, Any]] = {
-    "cifar10": {"name": "cifar10", "batch": 64, "validation": 0},
-    "imagenet": {"name": "imagenet", "batch": 256, "validation": 0, "workers": 8},
-}
-LI: Mapping[str, Any] = {"weight_decay": 1e-4, "decay_norms": True}
-"""What all training of the paper variant has beside momentum 0.9: weight decay on every parameter."""
-
-DENSE: Mapping[str, Mapping[str, Any]] = {
-    "cifar10": {**LI, "epochs": 160, "lr": 0.1, "schedule": "step", "milestones": [0.5, 0.75], "gamma": 0.1},
-    # 20 epochs are a quarter of the original training; the steps are the usual ones after every 30 epochs
-    "imagenet": {**LI, "epochs": 80, "lr": 0.1, "schedule": "step", "milestones": [0.375, 0.75], "gamma": 0.1},
-}
-"""How the dense network is trained where no weights are given. ResNet-110 warms up for an epoch, as in FPGM's code."""
-
-RETRAINING: Mapping[str, Mapping[str, Any]] = {
-    "cifar10": {**LI, "epochs": 40, "lr": 0.001, "schedule": "constant"},
-    "imagenet": {**LI, "epochs": 20, "lr": 0.001, "schedule": "constant"},
-}
-"""A quarter of the dense network's epochs, at the constant rate 0.001 (section 4)."""
-
-TUNED: Mapping[str, Mapping[str, Any]] = {
-    "cifar10": {
-        "compensate": {"readers": "least-squares", "batchnorm": True, "batches": 64},
-        "finetune": {"epochs": 160, "lr": 0.05, "warmup": 1, "schedule": "cosine", "weight_decay": 5e-4},
-    },
-    "imagenet": {
-        "compensate": {"readers": "least-squares", "batchnorm": True, "batches": 32},
-        "finetune": {
-            "epochs": 40,
-            "lr": 0.05,
-            "warmup": 1,
-            "schedule": "cosine",
-            "weight_decay": 1e-4,
-            "label_smoothing": 0.1,
-        },
-    },
-}
-"""At a constant 0.001 a network hardly moves away from where pruning left it, and the learning rate decides: in FPGM's
-Table 3 the same pruned VGG-16 is at 93.24 % after 40 epochs at 0.001 and at 94.00 % after 160 from 0.1. So the rate
-starts high once more and comes down by a cosine, over as many epochs as dense training on CIFAR took, and twice the
-paper's on ImageNet. Before that, what reads removed channels is fitted anew and batch norm is recalibrated: that needs
-no labels and no training, and after it fine-tuning ends higher (``results/recovery.md``)."""
+NETWORKS: Mapping[str, Network] = {**li.NETWORKS, **thinet.NETWORKS}
+VARIANTS: Mapping[str, tuple[str, ...]] = {"li": li.VARIANTS, "thinet": thinet.VARIANTS}
+_VALUES: Mapping[str, Callable[[Network, str], dict[str, Any]]] = {"li": li.values_of, "thinet": thinet.values_of}
 
 
 def named_recipe(name: str, variant: str = "paper", weights: str | None = None) -> Recipe:
-    """The recipe of a network in a paper: a key of ``NETWORKS``, in one of ``VARIANTS`` (see the file's docstring).
+    """The recipe of a network in a paper: a key of ``NETWORKS``, in one of its paper's ``VARIANTS``.
 
-    ``weights``: a file of the dense network's weights; ``None``: the recipe trains it first, as ``DENSE`` says.
+    ``weights``: a file of the dense network's weights; ``None``: the recipe trains it first.
 
     Raises ``BadRequest`` for a name or a variant that is not known, and for weights where training starts from none.
     """
@@ -191,43 +36,21 @@ def named_values(name: str, variant: str = "paper", weights: str | None = None) 
     """The same as the values of a recipe's keys, those with the default left out. Raises as ``named_recipe`` does."""
     if name not in NETWORKS:
         raise BadRequest(f"there is no recipe called {name!r}{nearest(name, NETWORKS)}")
-    if variant not in VARIANTS:
-        raise BadRequest(f"{name} has no variant {variant!r}{nearest(variant, VARIANTS)}")
+    paper = name.partition("/")[0]
+    if variant not in VARIANTS[paper]:
+        raise BadRequest(f"{name} has no variant {variant!r}{nearest(variant, VARIANTS[paper])}")
     if variant == "scratch" and weights is not None:
         raise BadRequest(
             f"{name}: training from scratch starts from random weights, and cannot from those in {weights}\n"
             "  do: leave the weights out, or choose another variant"
         )
     found = NETWORKS[name]
-    values: dict[str, Any] = {
-        "model": {"name": f"zoo:{found.model}"},
-        "data": dict(DATA[found.data]),
-        "train": {**DENSE[found.data], **found.train},
-        "prune": {
-            "criterion": variant if variant in ("random", "largest") else "l1",
-            "ratios": dict(found.ratios),
-            "exclude": found.exclude,
-            "residual": found.residual,
-        },
-        "finetune": dict(RETRAINING[found.data]),
-    }
-    if variant == "tuned":
-        values |= {section: dict(settings) for section, settings in TUNED[found.data].items()}
-    elif variant == "iterative":
-        _spread_over_cuts(values)
-    elif variant == "scratch":
-        # drawn: without the smallest of them, the weights would no longer be what initialisation gives
-        values["prune"]["criterion"] = "random"
-        values["finetune"] = values.pop("train")
+    values = {"model": {"name": f"zoo:{found.model}"}, **_VALUES[paper](found, variant)}
+    if found.head != "own":
+        values["model"]["head"] = found.head
+    if variant == "scratch":
         weights = RANDOM
     if weights is not None:
         values["model"]["weights"] = weights
         values.pop("train", None)
     return values
-
-
-def _spread_over_cuts(values: dict[str, Any]) -> None:
-    """The retraining in equal parts: one behind every cut."""
-    part = {**values["finetune"], "epochs": values["finetune"]["epochs"] // CUTS}
-    values["prune"]["schedule"] = {"kind": "iterative", "steps": CUTS, "training": part}
-    values["finetune"] = dict(part)

@@ -6,8 +6,10 @@ Own code (``package.module:function``) is imported only where the caller allows 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -15,7 +17,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from secateur import artifact
-from secateur.cli_models import LIBRARIES, Source, fresh, open_model, remember_model
+from secateur.cli_models import LIBRARIES, Source, fresh, open_model, remember_model, with_head
 from secateur.errors import BadArtifact, BadRequest
 from secateur.plans import Plan
 from secateur.recipes.folder import written_aside
@@ -49,7 +51,8 @@ def origin_of(model: Model, shape: tuple[int, ...], *, seed: int, allow_import: 
         asked = Source(model.name, seed=seed, options=model.options, base=model.base, shape=(1, *shape))
         return Origin(open_model(asked).built, None, Path(model.name), shape)
     weights = None if model.weights in (None, RANDOM) else Path(str(model.weights))
-    return Origin(Source(model.name, seed=seed, options=model.options), weights, None, shape)
+    source = Source(model.name, seed=seed, options=model.options, shape=(1, *shape), head=model.head)
+    return Origin(source, weights, None, shape)
 
 
 def dense_network(origin: Origin) -> nn.Module:
@@ -57,19 +60,27 @@ def dense_network(origin: Origin) -> nn.Module:
     return fresh(origin.source)
 
 
-def first_network(origin: Origin) -> nn.Module:
-    """The network that the run begins with: the folder's, or the dense one with its weights."""
-    dense = dense_network(origin)
+def first_network(origin: Origin, data: Iterable[Any] | None = None) -> nn.Module:
+    """The network that the run begins with: the folder's, or the dense one with its weights. A pooled head is fitted on
+    ``data`` to what the network with its own head puts out, where there are weights and data. All processes must call
+    it."""
     if origin.given is not None:
-        return artifact.load(origin.given, dense).eval()
-    return dense if origin.weights is None else load_weights(dense, origin.weights)
+        return artifact.load(origin.given, dense_network(origin)).eval()
+    if origin.weights is None:
+        return with_head(own_network(origin), origin.source, check=True)
+    return with_head(load_weights(own_network(origin), origin.weights), origin.source, data, check=True)
+
+
+def own_network(origin: Origin) -> nn.Module:
+    """The dense network with the head that it is built with, as its files of weights have it."""
+    return fresh(dataclasses.replace(origin.source, head="own"))
 
 
 def teacher_network(origin: Origin, teacher: Teacher) -> nn.Module:
     """The network to learn from, with its weights, in eval mode. ``check_teacher`` has been called before."""
     weights = Path(teacher.weights)
     if teacher.name is None:
-        return load_weights(dense_network(origin), weights)
+        return load_weights(own_network(origin), weights)
     return fresh(Source(teacher.name, weights, options=teacher.options))
 
 

@@ -26,12 +26,15 @@ from secateur.recipes.networks import (
     teacher_network,
     unlearned_network,
 )
-from secateur.recipes.pruning import last_of, pruning_phases
+from secateur.recipes.pruning import beside, last_of, pruning_phases
 from secateur.recipes.schema import Recipe, trainings
 from secateur.recipes.stages import facts_of, keep_stage, open_stage, stage_path, train_
 from secateur.recover.distillation import distil
 from secateur.recover.objectives import Objective
 from secateur.recover.settings import Training
+
+HEAD_BATCHES = 64
+"""Of calibration images, to fit a pooled head on."""
 
 
 def phases_of(job: Job) -> Iterator[Phase]:
@@ -40,11 +43,14 @@ def phases_of(job: Job) -> Iterator[Phase]:
     first = "given" if job.origin.given is not None else "dense"
     titles = {"given": "opening", "dense": "opening dense"}
     yield Phase(first, "training dense" if recipe.train else titles[first], partial(_first, name=first))
+    rivals: list[tuple[str, str]] = []
     networks = [("as given" if first == "given" else "dense", first)]
     if recipe.prune is not None:
         yield from pruning_phases(job, recipe.prune, first)
         networks += [("pruned", last_of(job, "prune"))]
         networks += [("compensated", last_of(job, "compensate"))] if recipe.compensate is not None else []
+        rivals = [(f"{criterion}, recalibrated", beside(criterion)) for criterion in recipe.prune.beside]
+    before_training = len(networks)
     pruned = networks[1][1] if recipe.prune is not None else first
     if recipe.finetune is not None:
         act = partial(_finetune, before=networks[-1][1], dense=first)
@@ -54,7 +60,8 @@ def phases_of(job: Job) -> Iterator[Phase]:
     if recipe.scratch != "none":
         yield Phase("scratch", "training from scratch", partial(_scratch, pruned=pruned))
         networks += [("from scratch", "scratch")]
-    yield Phase("measure", "measuring", partial(results.measure, networks=networks))
+    shown = [*networks[:before_training], *rivals, *networks[before_training:]]
+    yield Phase("measure", "measuring", partial(results.measure, networks=shown))
     yield Phase("save", "saving", partial(results.save, name=name, final=final))
     if recipe.export.onnx:
         yield Phase("export", "exporting", partial(results.export, final=final))
@@ -63,7 +70,8 @@ def phases_of(job: Job) -> Iterator[Phase]:
 
 
 def _first(job: Job, progress: Progress, *, name: str) -> Facts:
-    model = first_network(job.origin)
+    seen = job.data.calibration.first(HEAD_BATCHES) if job.recipe.train is None else None
+    model = first_network(job.origin, seen)
     if job.recipe.train is None:
         facts = facts_of(job, model)
     else:

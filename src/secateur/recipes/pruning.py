@@ -3,16 +3,18 @@
     first, if asked   sensitivity (``trials.py``)
     one-shot          prune, compensate
     iterative         prune-1, compensate-1, train-1, prune-2, compensate-2, train-2, ... prune-n, compensate-n
-    layer-by-layer    widths, then the same with a group in place of a step
+    layer-by-layer    widths, then the same with a group in place of a step; some groups go without training behind them
     progressive       zero (the dense network trains, channels are zeroed), prune, compensate
     sparse            shrink (the dense network trains under a penalty), prune, compensate
 
-Compensation makes up for one cut: it compares with the network right before it.
+Compensation makes up for one cut: it compares with the network right before it. What the recipe prunes ``beside`` the
+rest, to compare criteria, starts from the same network as the one cut of ``one-shot``, and nothing goes on from it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
 from functools import partial
 
 import torch
@@ -20,13 +22,15 @@ from torch import nn
 
 from secateur.core import Budget
 from secateur.criteria import needs_data
+from secateur.errors import BadRequest, nearest
 from secateur.graph import Graph, trace
+from secateur.groups import couple
 from secateur.pipeline import plan
 from secateur.plans import Plan
 from secateur.recipes import trials
 from secateur.recipes.job import Facts, Job, Phase, Progress, evaluation, on_device, on_main
 from secateur.recipes.networks import example_of
-from secateur.recipes.schema import Iterative, LayerByLayer, Progressive, Prune, Sparse
+from secateur.recipes.schema import Compensate, Iterative, LayerByLayer, Progressive, Prune, Sparse
 from secateur.recipes.stages import facts_of, keep_plan, keep_stage, note, open_plan, open_stage, train_
 from secateur.recover.compensation import compensate_
 from secateur.recover.settings import Training
@@ -55,19 +59,40 @@ def pruning_phases(job: Job, prune: Prune, before: str) -> Iterator[Phase]:
         yield Phase(trials.PHASE, "measuring sensitivity", partial(trials.measure, before=before))
     schedule = prune.schedule
     cuts: Sequence[Decide] = [_cut_at_once]
+    trainings: Sequence[Training | None] = [None]
     if isinstance(schedule, Iterative):
         steps = schedule.steps
+        trainings = [schedule.training] * steps
         cuts = [partial(_cut_step, first=before, step=step, steps=steps) for step in range(steps)]
     elif isinstance(schedule, LayerByLayer):
         yield Phase("widths", "deciding widths", partial(_widths, before=before))
         widths = job.done["widths"]["widths"]
         cuts = [partial(_cut_layer, first=before, name=name, width=width) for name, width in widths.items()] or cuts
+        trainings = [training_after(schedule, name) for name in widths]
     elif isinstance(schedule, (Progressive, Sparse)):
         name, title = ("zero", "zeroing") if isinstance(schedule, Progressive) else ("shrink", "shrinking")
         yield Phase(name, title, partial(_approach, name=name, before=before))
         cuts, before = [partial(_cut_as_planned, name=name)], name
-    between = schedule.training if isinstance(schedule, (Iterative, LayerByLayer)) else None
-    yield from _rounds(job, before, cuts, between)
+    yield from _rounds(job, before, cuts, trainings)
+    for criterion in prune.beside:
+        act = partial(_beside, name=beside(criterion), criterion=criterion, before=before)
+        yield Phase(beside(criterion), f"comparing {criterion}", act)
+
+
+def beside(criterion: str) -> str:
+    """The phase that prunes by a criterion to compare it."""
+    return f"beside-{criterion}"
+
+
+def training_after(schedule: LayerByLayer, name: str) -> Training | None:
+    """What is trained after the cut of the group that was called ``name`` at the start; None for nothing."""
+    if _fits(name, schedule.together):
+        return None
+    return next((training for glob, training in schedule.longer.items() if _fits(name, [glob])), schedule.training)
+
+
+def _fits(name: str, globs: Iterable[str]) -> bool:
+    return any(name == glob or fnmatchcase(name, glob) for glob in globs)
 
 
 def last_of(job: Job, name: str) -> str:
@@ -75,9 +100,11 @@ def last_of(job: Job, name: str) -> str:
     return next((each for each in reversed(job.done) if each == name or each.startswith(f"{name}-")), "")
 
 
-def _rounds(job: Job, before: str, cuts: Sequence[Decide], between: Training | None) -> Iterator[Phase]:
-    """Cut, compensate, train, by turns; after the last cut comes no training: that is the finetune section's."""
+def _rounds(job: Job, before: str, cuts: Sequence[Decide], trainings: Sequence[Training | None]) -> Iterator[Phase]:
+    """Cut, compensate, train (each cut's own training; None: none), by turns; after the last cut comes no training:
+    that is the finetune section's."""
     for number, decide in enumerate(cuts, 1):
+        between = trainings[number - 1] if number < len(cuts) else None
         mark = f"-{number}" if len(cuts) > 1 else ""
         step = f" {number}/{len(cuts)}" if len(cuts) > 1 else ""
         cut = f"prune{mark}"
@@ -86,7 +113,7 @@ def _rounds(job: Job, before: str, cuts: Sequence[Decide], between: Training | N
         if job.recipe.compensate is not None:
             after = f"compensate{mark}"
             yield Phase(after, f"compensating{step}", partial(_compensate, name=after, before=before, cut=cut))
-        if between is not None and number < len(cuts):
+        if between is not None:
             train = f"train{mark}"
             act = partial(_train, name=train, before=after, training=between)
             yield Phase(train, f"training {number}/{len(cuts)}", act)
@@ -126,9 +153,32 @@ def foreseen(job: Job, graph: Graph) -> Plan:
         if prune.sensitivity.criterion not in (None, prune.criterion):
             seen = trials.evidence(job, prune.sensitivity.criterion, batches=1)
             plan(graph, **(seen | Options(ratios=options["ratios"], residual=prune.residual)))
+    _check_groups(graph, prune)
+    for criterion in prune.beside:
+        plan(graph, **(options | trials.evidence(job, criterion, batches=1)))
+    if prune.per_class is not None:
+        trials.evidence(job, prune.criterion)  # are there so many?
     if "data" in options:
         options["data"] = job.data.calibration.first(1)
     return plan(graph, **options)
+
+
+def _check_groups(graph: Graph, prune: Prune) -> None:
+    """Raises ``BadRequest`` for what a layer-by-layer schedule says of groups that are not there, and of one twice."""
+    schedule = prune.schedule
+    if not isinstance(schedule, LayerByLayer):
+        return
+    names = [group.name for group in couple(graph, prune.prefer).groups]
+    for key, globs in (("together", schedule.together), ("longer", schedule.longer)):
+        for glob in globs:
+            if not any(_fits(name, [glob]) for name in names):
+                raise BadRequest(f"prune.schedule.{key}: no group is called {glob!r}{nearest(glob, names)}")
+    both = [name for name in names if _fits(name, schedule.together) and _fits(name, schedule.longer)]
+    if both:
+        raise BadRequest(
+            f"prune.schedule: after {both[0]!r} nothing is trained (together), and longer says what is\n"
+            "  do: name each group in one of them"
+        )
 
 
 def _cut(job: Job, progress: Progress, *, name: str, before: str, decide: Decide) -> Facts:
@@ -231,10 +281,31 @@ def _compensate(job: Job, progress: Progress, *, name: str, before: str, cut: st
     settings = job.recipe.compensate
     assert settings is not None
     model, small = open_stage(job, before).to(job.device), open_stage(job, cut).to(job.device)
+    return _compensated(job, name, (small, model), open_plan(job, cut), settings)
+
+
+def _beside(job: Job, progress: Progress, *, name: str, criterion: str, before: str) -> Facts:
+    """The network of phase ``before`` pruned to the widths of the one cut, by ``criterion``, and recalibrated."""
+    cut = open_plan(job, "prune")
+    dense = {group.name: group.channels for group in cut.groups}
+    widths = {group: len(kept) for group, kept in cut.keep.items() if len(kept) < dense[group]}
+    options = pruning_options(job) | Options(budget=None, ratios=widths, greedy=False, data=None, loss=None)
+    model = open_stage(job, before).to(job.device)
+    graph = trace(model, example_of(job.origin, model))
+    decided = plan(graph, **(options | trials.evidence(job, criterion)))
+    small = apply(graph, decided).to(job.device)
+    settings = job.recipe.compensate or Compensate()
+    settings = settings.model_copy(update={"readers": "none", "batchnorm": True})
+    return _compensated(job, name, (small, model), decided, settings)
+
+
+def _compensated(job: Job, name: str, networks: tuple[nn.Module, nn.Module], cut: Plan, settings: Compensate) -> Facts:
+    """Make up for ``cut`` in the first of the two networks, which came from the second by it, and keep it."""
+    small, model = networks
     made = compensate_(
         small,
         model,
-        open_plan(job, cut),
+        cut,
         job.data.calibration.first(settings.batches),
         readers=settings.readers,
         batchnorm=settings.batchnorm,

@@ -36,7 +36,7 @@ from secateur.recipes.phases import distillation, open_teacher, phases_of, scrat
 from secateur.recipes.pruning import foreseen
 from secateur.recipes.reading import write_recipe
 from secateur.recipes.results import check_extras, read_results
-from secateur.recipes.schema import RANDOM, Iterative, Progressive, Recipe, absolute, is_folder
+from secateur.recipes.schema import RANDOM, Iterative, LayerByLayer, Progressive, Recipe, absolute, is_folder
 from secateur.recipes.stages import newest_step
 from secateur.recipes.trials import open_curves
 from secateur.recover.accelerated import join_processes
@@ -142,9 +142,11 @@ def smoked(recipe: Recipe) -> Recipe:
             update["training"] = short(schedule.training)
         if isinstance(schedule, Iterative):
             update["steps"] = min(schedule.steps, SMOKE_STEPS)
+        if isinstance(schedule, LayerByLayer):
+            update["longer"] = {glob: short(training) for glob, training in schedule.longer.items()}
         if isinstance(schedule, Progressive):
             update |= {"every": 1, "grow": min(schedule.grow, 1)}
-        few: dict[str, Any] = {"schedule": schedule.model_copy(update=update), "calibration": 1}
+        few: dict[str, Any] = {"schedule": schedule.model_copy(update=update), "calibration": 1, "per_class": None}
         asked = recipe.prune.sensitivity
         if asked is not None:
             ends = tuple(dict.fromkeys((asked.ratios[0], asked.ratios[-1])))

@@ -43,6 +43,9 @@ class Model(Section):
     """Passed to what builds it, such as classes: 10."""
     weights: str | None = None
     """A file of trained weights, or "random" for those that building gives; null with a train section, or a folder."""
+    head: Literal["own", "pooled"] = "own"
+    """pooled: all that follows the last feature map becomes global average pooling and one linear layer (ThiNet-GAP),
+    which begins as the least-squares fit to the network's outputs where there are weights."""
     base: str | None = None
     """Of a saved folder: the dense network it was pruned from, if the folder does not say or is not trusted with it."""
 
@@ -69,6 +72,10 @@ class LayerByLayer(Section):
     kind: Literal["layer-by-layer"]
     training: Training | None = None
     """Between two cuts; after the last one comes the finetune section."""
+    together: list[str] = []
+    """Names or globs of groups after whose cut the next one follows at once, without training: the first of a block."""
+    longer: dict[str, Training] = {}
+    """By name or glob of groups: what is trained after their cut instead; the first glob that fits counts."""
 
 
 class Progressive(Section):
@@ -123,6 +130,8 @@ class Prune(Section):
     """How channels are ranked."""
     calibration: int = Field(default=16, ge=1)
     """How many batches of training images are looked at by a criterion that needs data."""
+    per_class: int | None = Field(default=None, ge=1)
+    """Look at so many training images of each class instead."""
     budget: Budget | None = None
     """What the pruned network may cost; half the MACs, if neither this nor ratios is given."""
     ratios: float | dict[str, int | float] | None = None
@@ -140,14 +149,18 @@ class Prune(Section):
     """Where widths are found by trying; null: nowhere."""
     prefer: Literal["channels", "module"] = "channels"
     """module: keep the halves of even splits equal, so that more networks stay plain modules."""
+    beside: list[str] = []
+    """Criteria to compare, where the schedule is one-shot: each prunes the same network to the same widths, has its
+    batch norm recalibrated, and is measured; nothing else is made of it."""
     schedule: Schedule = OneShot()
 
 
 class Compensate(Section):
     """Recovery without training, from activations on training images."""
 
-    readers: Literal["none", "bias", "least-squares"] = "least-squares"
-    """What becomes of the layers that read removed channels."""
+    readers: Literal["none", "bias", "scale", "least-squares"] = "least-squares"
+    """What becomes of the layers that read removed channels: nothing; they get the mean of what is missing; or one
+    factor for each channel that they kept (ThiNet); or all their weights are fitted."""
     batchnorm: bool = True
     """Recalibrate the statistics of batch norm, last."""
     batches: int = Field(default=16, ge=1)
@@ -219,10 +232,13 @@ def is_folder(name: str) -> bool:
 
 def trainings(recipe: Recipe) -> Iterator[tuple[Where, Training]]:
     """Every training section of the recipe and its place."""
-    between = None if recipe.prune is None else getattr(recipe.prune.schedule, "training", None)
+    schedule = None if recipe.prune is None else recipe.prune.schedule
+    between = getattr(schedule, "training", None)
+    longer = schedule.longer if isinstance(schedule, LayerByLayer) else {}
     for where, training in (
         (("train",), recipe.train),
         (("prune", "schedule", "training"), between),
+        *((("prune", "schedule", "longer", glob), training) for glob, training in longer.items()),
         (("finetune",), recipe.finetune),
     ):
         if training is not None:

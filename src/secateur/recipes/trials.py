@@ -109,11 +109,16 @@ def foreseen_widths(job: Job, graph: Graph, prune: Prune) -> dict[str, int]:
 
 
 def evidence(job: Job, criterion: str, *, batches: int | None = None) -> Options:
-    """A criterion and what it must be shown: ``batches`` of training images, or as many as the recipe says."""
+    """A criterion and what it must be shown: ``batches`` of training images, or as many as the recipe says. Raises
+    ``BadRequest`` where a class has fewer images than it says."""
     assert job.recipe.prune is not None
     found = Options(criterion=criterion)
     if needs_data(criterion):
-        found["data"] = job.data.calibration.first(batches or job.recipe.prune.calibration)
+        calibration, each = job.data.calibration, job.recipe.prune.per_class
+        if each is not None and batches is None:
+            found["data"] = calibration.of_each_class(each)
+        else:
+            found["data"] = calibration.first(batches or job.recipe.prune.calibration)
     if needs_loss(criterion):
         found["loss"] = cross_entropy
     return found

@@ -1,9 +1,9 @@
 """Compensation: winning back, right after ``apply`` and without training, what the removed channels gave.
 
-The readers of what was removed get the constant that is missing (``bias``), or are fitted by least squares with an
-intercept (``reconstruction``); then batch-norm statistics are taken anew (``batchnorm``). That is last: a constant in
-front of a batch norm cancels when its mean is taken anew. All sums run over the processes, so that the outcome does not
-depend on how many there are.
+The readers of what was removed get the constant that is missing (``bias``), have the channels that they kept rescaled
+(``rescaling``), or are fitted by least squares with an intercept (``reconstruction``); then batch-norm statistics are
+taken anew (``batchnorm``). That is last: a constant in front of a batch norm cancels when its mean is taken anew. All
+sums run over the processes, so that the outcome does not depend on how many there are.
 
 What is fitted is the dense network under the plan's masks; what is kept of it is then written into the small one, so
 that the law holds afterwards as before: the masked network with the fitted tensors computes what the small one does.
@@ -28,12 +28,12 @@ from secateur.masks import coupling_for
 from secateur.plans import Plan, check_pruned
 from secateur.recover.batchnorm import Step, statistics_of
 from secateur.recover.readers import Reader, find_readers
-from secateur.recover.reconstruction import Fit, Fitted, Task, fit_readers
+from secateur.recover.reconstruction import Fit, Fitted, Task, Way, fit_readers
 from secateur.slicing import RECORD, attention_factors, named, small_tensor
 from secateur.statistics import batches, check_repeatable, read_inputs
 from secateur.surgery import record
 
-READERS = ("none", "bias", "least-squares")
+READERS = ("none", "bias", "scale", "least-squares")
 Progress = Callable[[str, int, int], None]
 """Called with the name of a step, how much of it is done, and of how much (readers, or batches; 0: unknown)."""
 
@@ -51,7 +51,7 @@ def compensate_(
     plan: Plan,
     data: Iterable[Any],
     *,
-    readers: Literal["none", "bias", "least-squares"] = "least-squares",
+    readers: Literal["none", "bias", "scale", "least-squares"] = "least-squares",
     batchnorm: bool = True,
     evaluate: Evaluate | None = None,
     fit: Fit | None = None,
@@ -59,10 +59,11 @@ def compensate_(
 ) -> Compensation:
     """Make up for what ``apply(model, plan)``, which is ``small``, lost; ``small`` is changed in place.
 
-    ``readers="bias"`` adds to each affine reader the mean of what its removed inputs gave; ``"least-squares"`` fits the
-    weights it kept, with an intercept (``Fit``: in sequence or not, ridge, memory). A reader without a bias keeps the
-    constant in the batch norm behind it, or gets a bias: a ``bias`` edit in ``record(small).plan``, so that ``save``
-    and ``load`` know it. ``batchnorm``: running statistics are taken anew, last.
+    ``readers="bias"`` adds to each affine reader the mean of what its removed inputs gave; ``"scale"`` multiplies what
+    it kept by one factor for each channel, and leaves its bias alone (ThiNet); ``"least-squares"`` fits all the weights
+    it kept, with an intercept (``Fit``: in sequence or not, ridge, memory). A reader without a bias keeps the constant
+    in the batch norm behind it, or gets a bias: a ``bias`` edit in ``record(small).plan``, so that ``save`` and
+    ``load`` know it. ``batchnorm``: running statistics are taken anew, last.
 
     ``data``: re-iterable batches of inputs, or of ``(inputs, targets)``; in several processes, this process's part.
     ``evaluate(small)`` is called before and after every step, in eval mode. Works on the device of ``model``; call it
@@ -154,7 +155,7 @@ def _score(small: nn.Module, evaluate: Evaluate | None) -> float | None:
 
 
 def _fitted(
-    coupling: Coupling, plan: Plan, data: Iterable[Any], fit: Fit, how: tuple[str, Any], progress: Progress | None
+    coupling: Coupling, plan: Plan, data: Iterable[Any], fit: Fit, how: tuple[Way, Any], progress: Progress | None
 ) -> tuple[Fitted, Step]:
     """The dense network's tensors with readers fitted, and what to report. ``how``: the method, and how ``small`` was
     made."""
@@ -166,14 +167,16 @@ def _fitted(
     device = floats[0].device if floats else torch.device("cpu")
     keep = coupling.class_keep(plan.keep)
     graphic = any(edit.kind == "graph" for edit in applied.plan.edits)
-    found, skipped = find_readers(coupling, plan, keep, sequential=fit.sequential, may_add=not graphic)
+    # factors go to readers that lost inputs; whose inputs merely changed have all channels, and a constant, to fit
+    sequential = fit.sequential and method != "scale"
+    found, skipped = find_readers(coupling, plan, keep, sequential=sequential, may_add=not graphic)
     task = Task(
         coupling,
         keep,
         dense,
         lambda: batches(data, coupling.graph, device, dtype),
         fit,
-        method == "least-squares",
+        method,
         device,
     )
     tell = None if progress is None else lambda done, total: progress(method, done, total)
@@ -193,7 +196,7 @@ def _write_(
         for name in sorted({r.weight for r in fitted.changed} | homes):
             value = small_tensor(name, fitted.state[name], kept).to(found[name].device)
             found[name].copy_(_times(value, factors[name]) if name in factors else value)
-    edits = [_added_(small, reader, fitted, factors) for reader in fitted.changed if reader.home.kind == "added"]
+    edits = [_added_(small, r, fitted, factors) for r in fitted.changed if r.uses[0].node in fitted.added]
     applied = record(small)
     if edits and applied is not None:
         whole = replace(applied.plan, edits=(*applied.plan.edits, *edits))

@@ -39,7 +39,8 @@ class Use:
 @dataclass(frozen=True, eq=False)
 class Reader:
     """A weight that reads channels by affine operations alone. ``rows`` and ``columns``: bool, what stays of the
-    outputs ``[G, O]`` and of the inputs ``[I]`` of each partition."""
+    outputs ``[G, O]`` and of the inputs ``[I]`` of each partition. ``channels``: int64, the number of the channel that
+    each of the ``I`` is of; inputs of one channel, of whichever partition, have one number."""
 
     name: str
     weight: str
@@ -47,6 +48,7 @@ class Reader:
     home: Home
     rows: torch.Tensor
     columns: torch.Tensor
+    channels: torch.Tensor
 
     @property
     def layout(self) -> Layout:
@@ -158,7 +160,23 @@ def _reader(weight: str, uses: list[Use], coupling: Coupling, plan: Plan, may_ad
         return "its partitions keep different inputs"
     home = home_of([u.node for u in uses], weight, coupling, may_add=may_add)
     assert whole.shape[:3] == stays.shape
-    return Reader(caller(uses[0].node), weight, tuple(uses), home, rows, columns[0])
+    channels = _channels(coupling, weight, layout, len(columns[0]))
+    return Reader(caller(uses[0].node), weight, tuple(uses), home, rows, columns[0], channels)
+
+
+def _channels(coupling: Coupling, weight: str, layout: Layout, inputs: int) -> torch.Tensor:
+    """The number of the channel that each input of a partition is of. What cannot be pruned is by itself."""
+    axis = 1 if layout.kind == "conv" or (layout.kind == "linear" and not layout.turned) else 0
+    found = torch.arange(inputs)
+    count = inputs
+    for group in coupling.groups:
+        for part in group.slices:
+            if (part.tensor, part.axis) == (weight, axis):
+                # of a transposed convolution the axis holds all partitions, whose same positions are one channel
+                own = torch.from_numpy(part.positions) % inputs
+                found[own] = count + torch.arange(group.channels)[:, None].expand_as(own)
+                count += group.channels
+    return torch.unique(found, return_inverse=True)[1]
 
 
 def _stays(plan: Plan, weight: str, layout: Layout) -> torch.Tensor:

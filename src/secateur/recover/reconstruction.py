@@ -18,25 +18,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import fx
 
 from secateur.errors import BadRequest
+from secateur.grams import Sums
 from secateur.groups import Coupling
 from secateur.interpreter import Env, Walk, cut, walk
 from secateur.patches import Layout, matrix, outputs, patches, weight_from
+from secateur.processes import sum_over_processes_
 from secateur.recover.bias import give_constant_
-from secateur.recover.readers import Reader
-from secateur.statistics import (
-    Inputs,
-    Moments,
-    Stops,
-    accumulator,
-    agree,
-    moment_bytes,
-    sum_moments_,
-)
+from secateur.recover.equations import least_change
+from secateur.recover.readers import Reader, Use
+from secateur.recover.rescaling import add_outputs_, channels_of, empty_sums, rescale_, sum_bytes
+from secateur.statistics import Inputs, Moments, Stops, agree, moment_bytes
+
+Way = Literal["bias", "scale", "least-squares"]
+"""What of a reader is fitted: its constant; one factor for each channel; all its weights, and a constant."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,14 @@ class Fit:
     """How readers are fitted.
 
     ``sequential``: front to back on what the pruned network now gives, else on the dense network's activations.
-    ``ridge``: the fraction of the mean variance of the inputs that is added to each (see the module's formula).
+    ``ridge``: the fraction of the mean variance of the inputs that is added to each (see the module's formula); for
+    factors, of the mean square of what a channel gives (see ``rescaling``). It decides what few images leave open:
+    measured on held-out images in results/ridge.md.
     ``max_bytes`` bounds the sums of the readers that are fitted together (``8 G P (P + O + 1)`` bytes for one, with
-    ``P`` its kept inputs times kernel positions, ``O`` its kept outputs, of each of ``G`` partitions), and, once more,
-    the activations held between readers: beyond that, prefixes of the network are run again. A reader whose sums alone
-    would be larger has only its bias corrected.
+    ``P`` its kept inputs times kernel positions, ``O`` its kept outputs, of each of ``G`` partitions; for factors
+    ``8 C (C + 1)``, with ``C`` its kept channels), and, once more, the activations held between readers: beyond that,
+    prefixes of the network are run again. A reader whose sums alone would be larger has only its bias corrected, or,
+    where factors are fitted, is skipped.
     """
 
     sequential: bool = True
@@ -77,17 +80,17 @@ class Task:
     dense: Mapping[str, torch.Tensor]
     read: Callable[[], Iterator[Inputs]]
     fit: Fit
-    weights: bool
+    way: Way
     device: torch.device
 
 
 def fit_readers(task: Task, readers: Sequence[Reader], progress: Callable[[int, int], None] | None = None) -> Fitted:
-    """Fits all readers; nothing of the user's is changed. ``task.weights=False``: their constants only.
+    """Fits all readers by ``task.way``; nothing of the user's is changed.
 
     Raises ``BadRequest`` for data that are empty or do not fit, and for activations that are not finite.
     """
     result = Fitted({name: t.clone() for name, t in task.dense.items()})
-    able = [r for r in readers if task.weights or r.home.kind != "none"]
+    able = [r for r in readers if task.way != "bias" or r.home.kind != "none"]
     result.skipped |= {r.name: r.home.why for r in readers if r not in able}
     order = {node: i for i, node in enumerate(task.coupling.graph.captures[0].graph.nodes)}
     levels = _levels(able, order)
@@ -123,80 +126,105 @@ def _beginner(task: Task, result: Fitted, levels: list[list[Reader]]) -> Callabl
     return begin
 
 
-def _within(level: list[Reader], task: Task, result: Fitted) -> Iterator[list[tuple[Reader, bool]]]:
-    """Parts of a level whose sums fit into memory, each reader with whether its weights are fitted."""
-    part: list[tuple[Reader, bool]] = []
+def _within(level: list[Reader], task: Task, result: Fitted) -> Iterator[list[tuple[Reader, Way]]]:
+    """Parts of a level whose sums fit into memory, each reader with what of it is fitted."""
+    part: list[tuple[Reader, Way]] = []
     room, most = task.fit.max_bytes, task.fit.max_bytes
     for reader in level:
-        needed = moment_bytes(reader.shape, task.device, shared=False)
-        full = task.weights and needed <= most and bool(reader.shape[2])
-        if task.weights and needed > most:
-            result.notes[reader.name] = (
-                f"its sums need {needed / 2**20:.1f} MiB, more than max_bytes ({most / 2**20:.1f} MiB): bias only"
-            )
-            if reader.home.kind == "none":
-                result.skipped[reader.name] = f"{result.notes.pop(reader.name)}, and {reader.home.why}"
-                continue
-        if full and needed > room and part:
+        way, needed = _affordable(reader, task, result)
+        if way is None:
+            continue
+        if needed > room and part:
             yield part
             part, room = [], most
-        part.append((reader, full))
-        room -= needed if full else 0
+        part.append((reader, way))
+        room -= needed
     if part:
         yield part
 
 
-def _fit_together_(part: list[tuple[Reader, bool]], task: Task, result: Fitted, stops: Stops) -> None:
-    shared: dict[tuple[Layout, int], Moments] = {}
-    moments: list[Moments] = []
-    for reader, full in part:
-        key = (reader.layout, reader.shape[2])
-        one = Moments.zeros(reader.shape, task.device, second=full, shared=shared.get(key) if full else None)
-        moments.append(one)
-        if full:
-            shared.setdefault(key, one)
-    owners = {id(m) for m in shared.values()}
+def _affordable(reader: Reader, task: Task, result: Fitted) -> tuple[Way | None, int]:
+    """What of a reader is fitted, if anything, and the bytes of the sums that it takes (none: too few to count)."""
+    if task.way == "bias" or (task.way == "least-squares" and not reader.shape[2]):
+        return "bias", 0
+    scaled = task.way == "scale"
+    needed = sum_bytes(reader, task.device) if scaled else moment_bytes(reader.shape, task.device, shared=False)
+    if needed <= task.fit.max_bytes:
+        return task.way, needed
+    most = f"more than max_bytes ({task.fit.max_bytes / 2**20:.1f} MiB)"
+    said = f"its sums need {needed / 2**20:.1f} MiB, {most}"
+    if scaled or reader.home.kind == "none":
+        result.skipped[reader.name] = said if scaled else f"{said}: bias only, and {reader.home.why}"
+        return None, 0
+    result.notes[reader.name] = f"{said}: bias only"
+    return "bias", 0
+
+
+def _fit_together_(part: list[tuple[Reader, Way]], task: Task, result: Fitted, stops: Stops) -> None:
+    sums = _empty(part, task)
+    owners = {id(one.p): id(one) for one in reversed(sums) if isinstance(one, Moments)}.values()
     problem: Exception | None = None
     try:
         for index in range(len(part[0][0].uses)):
             first = min((r.uses[index] for r, _ in part), key=lambda u: stops.order[u.node])
             for envs in stops.at(first.node):
-                _add_batch_(part, moments, index, envs, task, result.state, owners)
+                for (reader, _), one in zip(part, sums, strict=True):
+                    _add_batch_(one, reader, reader.uses[index], envs, (task.dense, result.state), id(one) in owners)
     except Exception as error:
         problem = error
     agree(problem, task.device)
-    sum_moments_(moments)
-    for (reader, full), sums in zip(part, moments, strict=True):
-        _check(reader, sums)
-        _change_(reader, sums if full else Moments(sums.count, sums.r), task, result)
+    sum_over_processes_({id(t): t for one in sums for t in one.tensors()}.values())
+    for (reader, way), one in zip(part, sums, strict=True):
+        _check(reader, one)
+        if isinstance(one, Sums):
+            _rescale_(reader, one, task, result)
+        else:
+            _change_(reader, one if way == "least-squares" else Moments(one.count, one.r), task, result)
     if len(part[0][0].uses) > 1:
         stops.forget()  # what its earlier calls gave has changed
 
 
-def _add_batch_(
-    part: list[tuple[Reader, bool]],
-    moments: list[Moments],
-    index: int,
-    envs: tuple[Env, ...],
-    task: Task,
-    state: Mapping[str, torch.Tensor],
-    owners: set[int],
-) -> None:
-    for (reader, full), sums in zip(part, moments, strict=True):
-        use = reader.uses[index]
-        x, now = envs[0][use.source], envs[-1][use.source]
-        axis = use.layout.channels_axis % x.dim()
-        beside = [None if d == axis else m for d, m in enumerate(use.masks)]
-        x, now = cut(x, beside), cut(now, beside)
-        small = cut(now, [m if d == axis else None for d, m in enumerate(use.masks)])
-        lacks = outputs(x, _rows(reader, task.dense, all_columns=True), use.layout)
-        lacks = lacks - outputs(small, _rows(reader, state, all_columns=False), use.layout)
-        if not full:
-            sums.add_(lacks, None, own=False)
+def _empty(part: list[tuple[Reader, Way]], task: Task) -> list[Moments | Sums]:
+    """Sums for every reader; those over what is read are shared by all that read the same."""
+    shared: dict[tuple[Layout, int], Moments] = {}
+    found: list[Moments | Sums] = []
+    for reader, way in part:
+        if way == "scale":
+            found.append(empty_sums(reader, task.device))
             continue
+        full, key = way == "least-squares", (reader.layout, reader.shape[2])
+        one = Moments.zeros(reader.shape, task.device, second=full, shared=shared.get(key) if full else None)
+        found.append(one)
+        if full:
+            shared.setdefault(key, one)
+    return found
+
+
+def _add_batch_(
+    sums: Moments | Sums,
+    reader: Reader,
+    use: Use,
+    envs: tuple[Env, ...],
+    states: tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]],
+    own: bool,
+) -> None:
+    """Add what ``use`` of ``reader`` reads, and what its outputs lack. ``states``: the dense network's tensors, and
+    those fitted so far; ``own``: nobody else adds this to what is shared."""
+    x, now = envs[0][use.source], envs[-1][use.source]
+    axis = use.layout.channels_axis % x.dim()
+    beside = [None if d == axis else m for d, m in enumerate(use.masks)]
+    x, now = cut(x, beside), cut(now, beside)
+    small = cut(now, [m if d == axis else None for d, m in enumerate(use.masks)])
+    kept = _rows(reader, states[1], all_columns=False)
+    lacks = outputs(x, _rows(reader, states[0], all_columns=True), use.layout) - outputs(small, kept, use.layout)
+    if isinstance(sums, Sums):
+        add_outputs_(sums, small, kept, use.layout, lacks)
+    elif sums.rp is None:
+        sums.add_(lacks, None, own=False)
+    else:
         start = 0
-        for p in patches(small, use.layout, accumulator(task.device)):
-            sums.add_(lacks[:, start : start + p.shape[1]], p, own=id(sums) in owners)
+        for p in patches(small, use.layout, sums.r.dtype):
+            sums.add_(lacks[:, start : start + p.shape[1]], p, own=own)
             start += p.shape[1]
 
 
@@ -208,8 +236,8 @@ def _rows(reader: Reader, state: Mapping[str, torch.Tensor], *, all_columns: boo
     return whole if all_columns else whole[:, :, reader.columns.to(whole.device)]
 
 
-def _check(reader: Reader, sums: Moments) -> None:
-    if not float(sums.count):
+def _check(reader: Reader, sums: Moments | Sums) -> None:
+    if not float(sums.samples if isinstance(sums, Sums) else sums.count):
         raise BadRequest(
             "data has no batches (an iterator that was read before?)\n  do: pass a DataLoader or a list of batches"
         )
@@ -220,6 +248,15 @@ def _check(reader: Reader, sums: Moments) -> None:
         )
 
 
+def _rescale_(reader: Reader, sums: Sums, task: Task, result: Fitted) -> None:
+    """Solve for the factors, and put the weights times them into ``result``."""
+    samples, unknowns = int(sums.samples), channels_of(reader)[1]
+    if samples < unknowns:
+        result.notes[reader.name] = _too_few(samples, unknowns, task)
+    rescale_(result.state[reader.weight], reader, sums, task.fit.ridge)
+    result.changed.append(reader)
+
+
 def _change_(reader: Reader, sums: Moments, task: Task, result: Fitted) -> None:
     """Solve, and put what was found into ``result``."""
     constant = sums.r / sums.count
@@ -227,7 +264,7 @@ def _change_(reader: Reader, sums: Moments, task: Task, result: Fitted) -> None:
         change, constant = solve(sums, task.fit.ridge, intercept=reader.home.kind != "none")
         parts, kept, patch = reader.shape
         if int(sums.count) <= patch:
-            result.notes[reader.name] = f"{int(sums.count)} samples for {patch + 1} unknowns: held by the ridge alone"
+            result.notes[reader.name] = _too_few(int(sums.count), patch + 1, task)
         weight = result.state[reader.weight]
         whole = matrix(weight, reader.layout).clone()
         rows, columns = reader.rows.to(whole.device), torch.nonzero(reader.columns).flatten().to(whole.device)
@@ -242,6 +279,11 @@ def _change_(reader: Reader, sums: Moments, task: Task, result: Fitted) -> None:
     result.changed.append(reader)
 
 
+def _too_few(samples: int, unknowns: int, task: Task) -> str:
+    held = "held by the ridge alone" if task.fit.ridge else "of all that fit, the smallest change"
+    return f"{samples} samples for {unknowns} unknowns: {held}"
+
+
 def solve(sums: Moments, ridge: float, *, intercept: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """``(D [G, O, P], d [G, O])`` of the module's formula; never NaN for finite moments. Without ``intercept`` the
     moments are not centred, and ``d`` is zero."""
@@ -254,16 +296,6 @@ def solve(sums: Moments, ridge: float, *, intercept: bool) -> tuple[torch.Tensor
     if intercept:
         rp = rp - r[:, :, None] * p[:, None, :]
         pp = pp - p[:, :, None] * p[:, None, :]
-    level = pp.diagonal(dim1=1, dim2=2).clamp_min(0).mean(1)
-    level = torch.where(level > 0, level, 1.0) * ridge
-    a = (pp + pp.mT) / 2 + level[:, None, None] * torch.eye(pp.shape[-1], device=home, dtype=torch.float64)
-    factor, info = torch.linalg.cholesky_ex(a)
-    if not bool(info.any()):
-        change = torch.cholesky_solve(rp.mT, factor).mT
-    else:  # no ridge, or rounding: the directions that the data do not show stay as they are
-        values, vectors = torch.linalg.eigh(a)
-        floor = values[:, -1:].clamp_min(0) * a.shape[-1] * torch.finfo(torch.float64).eps
-        inverse = torch.where(values > floor, 1 / values, 0.0)
-        change = ((rp @ vectors) * inverse[:, None, :]) @ vectors.mT
+    change = least_change(pp, rp, ridge)
     constant = r - (change @ p[:, :, None])[:, :, 0] if intercept else torch.zeros_like(r)
     return change.to(sums.r.device), constant.to(sums.r.device)

@@ -18,12 +18,17 @@ def _joined_across(call: Call, labels: torch.Tensor | None, partitions: int) -> 
 
 
 def _with_bias(call: Call, labels: torch.Tensor | None) -> Factors:
-    """The output ``[B, O, ...]`` of a convolution, its bias tied to it."""
+    """The output ``[B, O, ...]`` of a convolution (``[O, ...]`` without a batch), its bias tied to it."""
     bias = call.args["bias"]
     if bias is not None:
         call.set_role(bias, 0, "follows")
         call.tie(labels, call.axis(bias, 0)[0], "only one of the output and its bias carries channels")
-    return [] if labels is None else [on_axis(labels, 1, len(call.out_shape))]
+    return [] if labels is None else [on_axis(labels, _channels_axis(call), len(call.out_shape))]
+
+
+def _channels_axis(call: Call) -> int:
+    """Of what a convolution reads and puts out: 1, or 0 without a batch."""
+    return len(call.shape(call.args["input"])) - len(call.shape(call.args["weight"])) + 1
 
 
 def convolution(call: Call) -> Factors:
@@ -32,8 +37,9 @@ def convolution(call: Call) -> Factors:
     if call.args.get("transposed"):
         return transposed_convolution(call)
     x, weight, groups = call.args["input"], call.args["weight"], call.args["groups"]
-    channels, filters = call.shape(x)[1], call.shape(weight)[0]
-    into, rest = call.axis(x, 1)
+    axis = _channels_axis(call)
+    channels, filters = call.shape(x)[axis], call.shape(weight)[0]
+    into, rest = call.axis(x, axis)
     call.lock(rest, "a convolution slides over its axis")
     written, rest = call.axis(weight, 0)
     call.set_role(weight, 0, "writes")
@@ -62,8 +68,9 @@ def convolution(call: Call) -> Factors:
 def transposed_convolution(call: Call) -> Factors:
     """``weight [I, O / groups, ...]``: reads axis 0, writes axis 1."""
     x, weight, groups = call.args["input"], call.args["weight"], call.args["groups"]
-    channels, outputs = call.shape(x)[1], call.shape(weight)[1] * groups
-    into, rest = call.axis(x, 1)
+    axis = _channels_axis(call)
+    channels, outputs = call.shape(x)[axis], call.shape(weight)[1] * groups
+    into, rest = call.axis(x, axis)
     call.lock(rest, "a convolution slides over its axis")
     read, rest = call.axis(weight, 0)
     written = next((f for f in rest if f.shape[1] > 1), None)

@@ -4,11 +4,12 @@ in every round. The training is yours: ``between`` is any function of the networ
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Unpack
 
 from torch import nn
 
+from secateur.allocation import excluded_groups
 from secateur.errors import BadRequest
 from secateur.graph import Graph, Inputs, trace, unwrap
 from secateur.pipeline import plan
@@ -43,9 +44,10 @@ def iterative(
     if steps < 1:
         raise BadRequest(f"steps={steps} is not a number of cuts, 1 or more")
     model = trace(model, example_inputs)
+    inputs = dict(model.kwargs) or model.args
     start = starting_point(model, **options)
     for step in range(steps):
-        _, small = iterative_step(model, example_inputs, start=start, step=step, steps=steps, **options)
+        _, small = iterative_step(model, inputs, start=start, step=step, steps=steps, **options)
         model = continued(between(small, step), small)
     assert isinstance(model, nn.Module)
     return model
@@ -57,26 +59,32 @@ def layer_by_layer(
     *,
     between: Between,
     after_cut: AfterCut | None = None,
+    together: str | Sequence[str] = (),
     **options: Unpack[Options],
 ) -> nn.Module:
     """Prune one group after the other, in the order of the forward pass, with ``between`` after each (ThiNet).
 
     The widths are those of one plan for the whole of ``model``, made up front with ``options``; which channels of a
-    group go is decided when its turn comes, on the network that the cuts and the training before have left. Where
+    group go is decided when its turn comes, on the network that the cuts and the training before have left: what the
+    criterion reads of ``data`` is measured on that. ``after_cut``: what is done after every cut. ``together``: names or
+    globs of groups that are cut together with the one that follows: ``between`` is not called after them, but after the
+    last cut of all (``"layer*.conv1"`` in a ResNet-50, which the authors of ThiNet train after every block). Where
     nothing is to be cut, a copy of ``model`` comes back, as from ``apply``, and ``between`` is not called.
 
-    Raises what ``plan`` and ``apply`` raise.
+    Raises what ``plan`` and ``apply`` raise, and ``BadRequest`` for a glob that no group matches.
     """
     graph = trace(model, example_inputs)
     start, widths = starting_point(graph, **options), layer_widths(graph, **options)
+    untrained = excluded_groups(start.groups, together, start.locked, what="together")
     if not widths:
         return apply(graph, plan(graph, **at_widths(options, {})))
-    model = graph
+    model, inputs = graph, dict(graph.kwargs) or graph.args
     for number, (name, width) in enumerate(widths.items()):
-        cut, small = layer_step(model, example_inputs, start=start, name=name, width=width, **options)
+        cut, small = layer_step(model, inputs, start=start, name=name, width=width, **options)
         if after_cut is not None:
             after_cut(small, model.model if isinstance(model, Graph) else unwrap(model), cut)
-        model = continued(between(small, number), small)
+        trains = name not in untrained or number == len(widths) - 1
+        model = continued(between(small, number) if trains else None, small)
     assert isinstance(model, nn.Module)
     return model
 

@@ -16,6 +16,7 @@ from secateur.errors import BadRequest, SecateurWarning
 from secateur.graph import Graph, Inputs, trace
 from secateur.groups import couple
 from secateur.pipeline import plan
+from secateur.pipeline import widths as widths_kept
 from secateur.plans import Plan
 from secateur.schedules.options import Options, Start, at_widths, partway, start_of, successors, widths_of
 from secateur.selection import forward_order
@@ -28,7 +29,7 @@ def starting_point(model: nn.Module | Graph, example_inputs: Inputs | None = Non
     Raises what ``plan`` raises for a budget, ratios or names that are wrong: now, rather than after hours of training.
     """
     graph = trace(model, example_inputs)
-    plan(graph, **options)
+    widths_kept(graph, **options)
     return start_of(graph, options)
 
 
@@ -74,13 +75,13 @@ def layer_widths(
     model: nn.Module | Graph, example_inputs: Inputs | None = None, **options: Unpack[Options]
 ) -> dict[str, int]:
     """``{group: channels kept}`` of one plan for the whole network: the groups that get narrower, in the order in which
-    the forward pass first writes them, which is the order of ``layer_step``."""
+    the forward pass first writes them, which is the order of ``layer_step``. Data are read for a budget only: ratios
+    say the widths themselves."""
     graph = trace(model, example_inputs)
-    decided = plan(graph, **options)
-    widths = {name: len(kept) for name, kept in decided.keep.items()}
-    dense = {group.name: group.channels for group in decided.groups}
-    order = forward_order(couple(graph, options.get("prefer", "channels")))
-    return {name: widths[name] for name in order if widths[name] < dense[name]}
+    widths = widths_kept(graph, **options)
+    coupling = couple(graph, options.get("prefer", "channels"))
+    dense = {group.name: group.channels for group in coupling.groups}
+    return {name: widths[name] for name in forward_order(coupling) if widths[name] < dense[name]}
 
 
 def layer_step(

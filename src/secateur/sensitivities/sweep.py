@@ -22,7 +22,7 @@ from torch import nn
 from secateur.allocation import excluded_groups, highest, matching, width_at
 from secateur.calibration import collect
 from secateur.core import Criterion, Evaluate, Group
-from secateur.criteria import label, reads
+from secateur.criteria import label, locations, reads
 from secateur.errors import BadRequest, CannotPrune, nearest
 from secateur.graph import Graph, Inputs, trace
 from secateur.groups import Coupling, couple
@@ -275,7 +275,9 @@ def _scores(
     shown = [judged.get(g.name, g) for g in chosen]
     evidence = None
     if data is not None:
-        evidence = collect(coupling, shown, reads(criterion), data, loss=loss)
+        evidence = collect(
+            coupling, shown, reads(criterion), data, loss=loss, locations=locations(criterion), seed=seed
+        )
     shown, tensors = as_read(coupling, shown, reads(criterion))
     return score(shown, tensors, criterion, seed=seed, evidence=evidence)
 

@@ -98,6 +98,28 @@ class Loader:
         few._shared = self._shared
         return few
 
+    def of_each_class(self, count: int) -> Loader:
+        """A loader of only the first ``count`` images of every class, in the order in which they stand here.
+
+        Raises BadRequest in training, whose order changes, and where a class has fewer images.
+        """
+        if self.training or count < 1:
+            raise BadRequest(f"of_each_class({count}): it must be at least one image, of a loader of one fixed order")
+        members = self._members[: self.samples]
+        labels = self._images.labels[members]
+        kept = torch.zeros(len(members), dtype=torch.bool)
+        for label in labels.unique().tolist():
+            own = (labels == label).nonzero()[:, 0]
+            if len(own) < count:
+                raise BadRequest(
+                    f"per_class={count}: of class {label} there are only {len(own)} images among these "
+                    f"{len(members)}\n  do: ask for {len(own)} or fewer"
+                )
+            kept[own[:count]] = True
+        few = Loader(self._images, members[kept], batch=self.batch, seed=self.seed, workers=self.workers)
+        few._shared = self._shared
+        return few
+
     def whole(self) -> Loader:
         """The same batches, all of each in every process, for work that the processes share in another way."""
         alone = copy.copy(self)
