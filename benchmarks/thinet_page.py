@@ -182,19 +182,23 @@ def _whole_of(found: Cells, network: str, ratio: float, way: str, row: str, *, k
 
 
 def _whole(found: Cells, network: str, ratio: float, key: str, row: str) -> list[float]:
-    return [*found.values(f"{network} {ratio} whole", row, key).values()]
+    """Of the seeds that have every row, so that all rows speak of the same networks."""
+    column = f"{network} {ratio} whole"
+    seeds = set.intersection(*(set(found.values(column, each, key)) for each in ROWS))
+    return [value for seed, value in found.values(column, row, key).items() if seed in seeds]
 
 
 # --------------------------------------------------------------------------------------------------------- the plot
 
 
 def plot(found: Cells) -> str:
-    """A row a network: the next layer's error under each reconstruction, and what the whole network does after least
-    squares and recalibration, over the ratio."""
+    """A row a network: the next layer's error under each reconstruction, and what the whole network does with readers
+    rescaled and batch norms recalibrated, over the ratio; without a panel where cells are missing."""
     networks = [network for network in TITLES if found.names([f"{network} {RATIOS[0]} none"])]
     figure, first = canvas(2.1, 1.7)
     for down, network in enumerate(networks):
-        for across, way in enumerate((*WAYS, "whole")):
+        ways = [w for w in (*WAYS, "whole") if any(all(_drawn(found, network, w, row)) for row in SHOWN)]
+        for across, way in enumerate(ways):
             axes = first if not down and not across else figure.add_axes((1.28 * across, -1.5 * down, 1, 1))
             plain_(axes)
             _panel_(axes, found, network, way)
@@ -208,24 +212,25 @@ def plot(found: Cells) -> str:
 
 def _told(network: str, way: str) -> str:
     if way == "whole":
-        return "agreement with the dense" if network == "lite0" else "accuracy, refitted"
+        return "agreement with the dense" if network == "lite0" else "accuracy, rescaled"
     return f"next layer's error, {way}"
 
 
 def _panel_(axes: Axes, found: Cells, network: str, way: str) -> None:
     for row, colour in SHOWN.items():
-        each = [_points(found, network, ratio, way, row) for ratio in RATIOS]
+        each = _drawn(found, network, way, row)
         if all(each):
             middle = [100 * statistics.fmean(values) for values in each]
             spans = [100 * statistics.stdev(values) if len(values) > 1 else 0.0 for values in each]
             marks: dict[str, Any] = {"marker": "o", "markersize": 3, "linewidth": 1.6, "capsize": 2, "elinewidth": 0.8}
             axes.errorbar([100 * ratio for ratio in RATIOS], middle, spans, label=row, color=colour, **marks)
     axes.set_xticks([100 * ratio for ratio in RATIOS])
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
     axes.grid(color=FAINT, linewidth=0.7)
 
 
-def _points(found: Cells, network: str, ratio: float, way: str, row: str) -> Sequence[float]:
+def _drawn(found: Cells, network: str, way: str, row: str) -> list[Sequence[float]]:
+    """The values of all seeds at each ratio."""
     if way == "whole":
-        return _whole(found, network, ratio, "least-squares, recalibrated:accuracy", row)
-    return means(found, network, ratio, way, row, "inner")
+        return [_whole(found, network, ratio, "scale, recalibrated:accuracy", row) for ratio in RATIOS]
+    return [means(found, network, ratio, way, row, "inner") for ratio in RATIOS]

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from secateur.artifact import load
 from secateur.cli import app
 from secateur.recipes import demo_recipe
+from secateur.recipes.schema import Measure
 from secateur.zoo.names import build
 
 
@@ -21,7 +22,11 @@ def test_recipe_is_whole_and_takes_the_seed() -> None:
     assert demo_recipe() == demo_recipe(0) != recipe
 
 
-def test_whole_demo_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("engine", ["torch", pytest.param("onnxruntime", marks=pytest.mark.slow)])
+def test_whole_demo_cut_short(engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert demo_recipe().measure.engine == "onnxruntime"  # seconds for each of six networks
+    recipe = demo_recipe().model_copy(update={"measure": Measure(engine=engine)})  # type: ignore[arg-type]
+    monkeypatch.setattr("secateur.recipes.demo_recipe", lambda seed: recipe)
     monkeypatch.setenv("COLUMNS", "80")
     folder = tmp_path / "out"
     result = CliRunner().invoke(app, ["demo", "--smoke", "-o", str(folder)])

@@ -334,7 +334,7 @@ class Doubled(nn.Module):
 
 TRAIN_ONLY = {
     "seen": r"'aux.weight', 'aux.bias' are used in train mode only, as by a second head, which would stay as it is",
-    "unseen": r"'unused', 'aux.weight', 'aux.bias' are not used in eval mode, and what train mode does with them is not",
+    "unseen": r"'unused', 'aux.weight', 'aux.bias' are not used in eval mode, and what train mode does with them",
 }
 
 
