@@ -318,7 +318,7 @@ def slow() -> nn.Module:
     from secateur.sensitivities import requests
 
     def patient(*arguments: Any, **options: Any) -> float:
-        time.sleep(0.1)
+        time.sleep(0.25)
         return measurement.accuracy(*arguments, **options)
 
     requests.accuracy = patient  # type: ignore[attr-defined]

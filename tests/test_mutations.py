@@ -256,7 +256,7 @@ MUTATIONS: dict[str, Mutation] = {
     "attention scale follows the width": Mutation("attention", _scale_forgotten),
     "rewrite picks the next channel": Mutation("roll", _attribute(rewrites, "_pick_again", _next_number), seeds=(2, 3)),
     "rewrite splits at half of the new width": Mutation("split", _split_forgotten, seeds=(1, 3)),
-    "readers read removed channels": Mutation("plain", _attribute(interpreter, "_zeroed", lambda value, _: value)),
+    "readers read removed channels": Mutation("plain", _attribute(interpreter, "zeroed", lambda value, _: value)),
     "conv is no reader": Mutation("plain", _attribute(Call, "mark_reader", lambda self: None)),
 }
 

@@ -46,7 +46,7 @@ def test_killed_and_gone_on_with_by_two_processes(tmp_path: Path) -> None:
     begun = file.read_text()
     assert "null" in begun
     said = finished(run("quick", file, processes=2))
-    found = sc.sensitivity(net("residual"), images()[0][0][:1], images())
+    found = sc.sensitivity(net("residual"), images()[0][0][:1], lambda network: accuracy(network, images()))
     assert sc.Sensitivity.from_json(file.read_text()) == found
     assert said.count(json.dumps(scores(found))) == 2  # both have the whole
     assert [path.name for path in tmp_path.iterdir()] == ["s.json"]
