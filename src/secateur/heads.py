@@ -42,6 +42,7 @@ from secateur.nests import flatten, unflatten
 from secateur.nodes import module_stack, op_name, shape_of, source_line
 from secateur.processes import sum_over_processes_
 from secateur.proofs import perturbed, relative_difference, telling_inputs
+from secateur.recover.equations import least_change
 from secateur.statistics import accumulator, batches, check_repeatable, no_batches, place_of
 from secateur.surgery import record
 
@@ -349,10 +350,7 @@ def fit_(pooled: nn.Module, graph: Graph, linear: nn.Linear, data: Iterable[Any]
         )
     means = sums[0, 1:] / count
     centred = sums[1:, 1:] / count - torch.outer(means[:channels], means)
-    variances = centred[:, :channels]
-    size = variances.diagonal().mean()
-    variances.diagonal().add_(RIDGE * torch.where(size > 0, size, torch.ones_like(size)))  # all constant: no weights
-    weight = torch.linalg.solve(variances, centred[:, channels:]).mT
+    weight = least_change(centred[None, :, :channels], centred[None, :, channels:].mT, RIDGE)[0]
     with torch.no_grad():
         linear.weight.copy_(weight)
         linear.bias.copy_(means[channels:] - weight @ means[:channels])
