@@ -78,12 +78,13 @@ def train(
     *,
     seen: Callable[[nn.Module], None] | None = None,
 ) -> None:
-    """Train by the hooks' contract; ``seen`` is called after every step."""
+    """Train by the hooks' contract, in the model's own precision; ``seen`` is called after every step."""
+    dtype = next(model.parameters()).dtype
     for epoch in epochs:
         model.train()
         for x, y in batches(epoch):
             optimizer.zero_grad()
-            loss = F.cross_entropy(model(x), y)
+            loss = F.cross_entropy(model(x.to(dtype)), y)
             if hooks.penalty is not None:
                 loss = loss + hooks.penalty(model)
             loss.backward()

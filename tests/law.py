@@ -116,6 +116,20 @@ def zero_readers(model: nn.Module, plan: sc.Plan, inputs: Inputs) -> object:
         return call(model.eval(), inputs)
 
 
+def zero_filters(model: nn.Module, plan: sc.Plan, inputs: Inputs) -> object:
+    """What the dense module answers when nothing but the filters of removed channels is zero: slices of parameters with
+    two axes or more. ``plan`` must fold what they leave, in every group that it cuts."""
+    with restored(model), torch.no_grad():
+        parameters = dict(model.named_parameters())
+        for group in plan.groups:
+            gone = np.setdiff1d(np.arange(group.channels), plan.keep[group.name])
+            assert not gone.size or plan.constants[group.name] == "fold", group.name
+            for s in group.slices:
+                if s.role == "writes" and gone.size and s.tensor in parameters and parameters[s.tensor].dim() >= 2:
+                    parameters[s.tensor].index_fill_(s.axis, torch.from_numpy(np.unique(s.positions[gone])), 0.0)
+        return call(model.eval(), inputs)
+
+
 def sizes(model: nn.Module) -> int:
     return sum(t.numel() for t in model.state_dict().values())
 

@@ -269,7 +269,9 @@ def test_weights_that_are_not_finite_where_nothing_is_scored() -> None:
         ({"ratios": {"first": 1.5}}, r"ratios\['first'\]: 1.5 is not a ratio in \[0, 1\) or a width"),
         ({"ratios": {"first": 9}}, "'first' has 8 channels: it cannot keep 9"),
         ({"ratios": 0.5, "allocation": "globl"}, "there is no allocation 'globl'; did you mean 'global'"),
-        ({"ratios": 0.5, "residual": "scatter"}, "residual='scatter' is reserved"),
+        ({"ratios": 0.5, "residual": "scattered"}, "no residual rule 'scattered'; did you mean 'scatter'"),
+        ({"ratios": 0.5, "constants": "foldd"}, "constants: there is no 'foldd'; did you mean 'fold'"),
+        ({"ratios": 0.5, "constants": {"frst": "fold"}}, "constants: no group .*'frst'; did you mean 'first'"),
         ({"budget": sc.Budget()}, "exactly one of keep .* and at_most"),
         ({"budget": sc.Budget(keep=1.5)}, r"Budget.keep=1.5 is not a fraction in \(0, 1\]"),
         ({"budget": sc.Budget(keep=0.5, of="flops")}, "a budget of 'flops' is not known"),  # type: ignore[arg-type]
@@ -386,8 +388,6 @@ def test_a_plan_without_inputs_needs_a_graph() -> None:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"constants": {"first": "fold"}}, "constants='fold'"),
-        ({"residual": "scatter"}, "residual='scatter'"),
         ({"stripes": {"first": torch.ones(8, 3, 3, dtype=torch.bool).numpy()}}, "stripes"),
     ],
     ids=str,

@@ -224,3 +224,24 @@ def test_parsing() -> None:
     for bad in ("0,3,2,2", "3", "1,3,a", "1,-3,4,4"):
         with pytest.raises(BadRequest, match="is no shape"):
             parse_shape(bad)
+
+
+def test_scattered_branches_and_folded_constants(tmp_path: Path) -> None:
+    asked = ("plan", "zoo:resnet20", "--residual", "scatter", "--ratio", "0.4", "-o", tmp_path / "plan.json")
+    run(*asked, "--constants", "fold")
+    made = Plan.from_json((tmp_path / "plan.json").read_text())
+    assert (made.residual, set(made.constants.values())) == ("scatter", {"fold"})
+    assert "layer1.0.conv2" in made.constants
+    run(*asked, "--constants", "layer1.*=drop", "--constants", "*=fold")
+    made = Plan.from_json((tmp_path / "plan.json").read_text())
+    assert "layer1.0.conv2" not in made.constants
+    assert made.constants["layer2.0.conv2"] == "fold"
+    assert not Plan.from_json(plan_text(*asked, where=tmp_path / "plan.json")).constants
+    for wrong, text in ((("keep",), "there is no 'keep'"), (("fold", "a=drop"), "is for all groups")):
+        found = run(*asked, *(word for value in wrong for word in ("--constants", value)), code=2)
+        assert text in found
+
+
+def plan_text(*arguments: object, where: Path) -> str:
+    run(*arguments)
+    return where.read_text()

@@ -254,7 +254,7 @@ PLAN = ("plan", "tiny_runs:small", "--input", "1,1,8,8", "-o", "p.json")
         ((*PLAN, "--tolerance", "0.1"), "do: name that with --sensitivity"),
         ((*PLAN, "--per", "stage"), "--per is about what secateur sensitivity found"),
         ((*PLAN, "--criterion", "apoz"), "do: give data="),
-        ((*PLAN, "--residual", "scatter"), "'scatter' is reserved"),
+        ((*SWEEP, "--residual", "scatter"), "residual='scatter' is nothing that an analysis tries out"),
         ((*PLAN, *DATA), "--input says how large inputs are, and so do the images\n  do: say --set data.size=N"),
     ],
 )

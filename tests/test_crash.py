@@ -45,7 +45,7 @@ def whole(server: Warm, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def kept(folder: Path) -> dict[str, Any]:
     """All that a run leaves but times and machine: weights, plans, metrics without speeds."""
-    files = [*folder.rglob("*.safetensors"), *folder.rglob("*plan.json")]
+    files = [*folder.rglob("*.safetensors"), *folder.rglob("*plan.json"), *folder.rglob("zeroed.json")]
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for line in metrics:
         line.pop("images_per_s", None)

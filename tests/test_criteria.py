@@ -198,7 +198,7 @@ def _hybrid(rows: torch.Tensor) -> list[float]:
 
 @pytest.mark.parametrize("block", [1, 17, 2**22])
 def test_distances_equal_the_naive_loops(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("secateur.criteria.distances.BLOCK", block)
+    monkeypatch.setattr("secateur.criteria.sums.BLOCK", block)
     seen = _view(7, 11)
     rows = seen.filters.double()
     assert CRITERIA["fpgm"](seen).tolist() == pytest.approx(_distances(rows), rel=1e-12)

@@ -24,7 +24,7 @@ def test_recipe_is_whole_and_takes_the_seed() -> None:
 
 @pytest.mark.parametrize("engine", ["torch", pytest.param("onnxruntime", marks=pytest.mark.slow)])
 def test_whole_demo_cut_short(engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert demo_recipe().measure.engine == "onnxruntime"  # seconds for each of six networks
+    assert demo_recipe().measure.engine == "onnxruntime"  # seconds for each of seven networks
     recipe = demo_recipe().model_copy(update={"measure": Measure(engine=engine)})  # type: ignore[arg-type]
     monkeypatch.setattr("secateur.recipes.demo_recipe", lambda seed: recipe)
     monkeypatch.setenv("COLUMNS", "80")
@@ -36,7 +36,7 @@ def test_whole_demo_cut_short(engine: str, tmp_path: Path, monkeypatch: pytest.M
     assert "Each group alone, not retrained" in result.stdout
     assert "layer2.0.conv1" in result.stdout
     rows = {row["name"]: row for row in json.loads((folder / "results.json").read_text())["rows"]}
-    compared = ["l1, recalibrated", "thinet, recalibrated"]
+    compared = [f"{criterion}, recalibrated" for criterion in ("l1", "thinet", "fpgm")]
     assert list(rows) == ["dense", "pruned", "compensated", *compared, "fine-tuned"]
     assert all(rows[name]["macs"] == rows["pruned"]["macs"] for name in compared)
     assert 0.495 * rows["dense"]["macs"] <= rows["pruned"]["macs"] <= 0.5 * rows["dense"]["macs"]
@@ -46,8 +46,9 @@ def test_whole_demo_cut_short(engine: str, tmp_path: Path, monkeypatch: pytest.M
     assert report.count("<h2>Sensitivity</h2>") == 1
     assert report.count("<svg") >= 5
     assert "layer3.2.conv2" in report
-    assert report.count("thinet, recalibrated") >= 1
-    assert "beside-thinet, after batch norm" in report
+    for criterion in ("thinet", "fpgm"):
+        assert f"{criterion}, recalibrated" in report
+        assert f"beside-{criterion}, after batch norm" in report
     assert "in float64, at random weights too" in report
     assert (folder / "model.onnx").stat().st_size > 10_000
     small = load(folder / "pruned", build("zoo:resnet20"))

@@ -34,7 +34,8 @@ ROWS = [
     {"costs", "operations", "counting", "tradeoffs", "budgets", "allocation", "selection", "sequential"},
     {"plans", "plan_checks", "plan_schema"},
     {"masks"},
-    {"rewrites", "attributes", "slicing", "proofs", "graph_network", "surgery", "optimisers"},
+    {"rewrites", "attributes", "slicing", "proofs", "graph_network", "surgery", "optimisers"}
+    | {"wiring", "folding", "homes"},
     {"recover", "onnx_file"},
     {"measurement", "last_map", "heads"},
     {"sensitivities"},

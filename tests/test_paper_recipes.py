@@ -1,4 +1,4 @@
-"""The papers' networks by name: widths, parameters and FLOPs to the integer, and what each variant trains."""
+"""Li's and ThiNet's networks by name: widths, parameters and FLOPs to the integer, and what each variant trains."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from typer.testing import CliRunner
 
 import secateur as sc
-from made_data import cifar_files, write_files, write_folder
-from secateur.cli import app
+from made_data import write_folder
+from named_runs import command, made_cifar, smoke
 from secateur.errors import BadRequest
 from secateur.recipes import named_recipe, parse_recipe, write_recipe
 from secateur.recipes.entries import first_of_block
-from secateur.recipes.named import NETWORKS, VARIANTS, named_values
+from secateur.recipes.named import NETWORKS as EVERY
+from secateur.recipes.named import VARIANTS, named_values
 from secateur.recipes.pruning import training_after
 from secateur.recipes.schema import Iterative, LayerByLayer, Sensitivity
 from secateur.zoo import MODELS
@@ -31,6 +31,7 @@ GOLDEN: Mapping[str, Mapping[str, Any]] = {
     for paper in ("li", "thinet")
     for name, values in json.loads((Path(__file__).parent / "golden" / f"{paper}.json").read_text()).items()
 }
+NETWORKS = {name: network for name, network in EVERY.items() if name.startswith(("li/", "thinet/"))}
 ROW = {row.id: row for row in ROWS}
 
 
@@ -281,12 +282,6 @@ def test_unknown_names_and_variants() -> None:
             first_of_block(layer, (9, 9, 9))
 
 
-def command(*arguments: object, code: int = 0) -> str:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200", "TERM": "dumb"})
-    assert result.exit_code == code, result.output + repr(result.exception)
-    return result.output
-
-
 def test_the_list() -> None:
     text = command("run", "--list")
     for name, network in NETWORKS.items():
@@ -319,20 +314,6 @@ def test_mistakes_on_the_command_line(tmp_path: Path) -> None:
 
 
 # Runs ------------------------------------------------------------------------------------------------------------
-
-
-def smoke(tmp_path: Path, *line: str) -> tuple[list[dict[str, Any]], dict[str, Any], Path]:
-    """The named recipe cut short, without what only takes time: its rows, its phases' facts and its folder."""
-    quick = ["measure.latency=false", "export={onnx: false, report: false}", "data.batch=4", f"data.root={tmp_path}"]
-    folder = tmp_path / "run"
-    command("run", *line, "--smoke", "--cpu", *(part for text in quick for part in ("--set", text)), "-o", folder)
-    rows = json.loads((folder / "results.json").read_text())["rows"]
-    return rows, {e["phase"]: e["facts"] for e in json.loads((folder / "run.json").read_text())["done"]}, folder
-
-
-def made_cifar(root: Path) -> None:
-    folder, files, _ = cifar_files(classes=10, version="binary", each=4)
-    write_files(root / folder, files)
 
 
 def pruned_of(folder: Path, model: str) -> tuple[float, float]:
@@ -391,12 +372,14 @@ def test_the_documents_recipe_can_be_read() -> None:
     text = (Path(__file__).parents[1] / "docs" / "recipes-of-the-papers.md").read_text()
     blocks = re.findall(r"^```yaml\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     start = "model: {name: 'zoo:resnet56', weights: r.pth}\ndata: {name: cifar10}\n"
-    layered, found = (parse_recipe(start + block).prune for block in blocks)
+    layered, zeroed, found = (parse_recipe(start + block).prune for block in blocks)
     assert found is not None
     assert found.sensitivity == Sensitivity(tolerance=0.01, per="stage")
     assert layered is not None
     assert isinstance(layered.schedule, LayerByLayer)
     assert layered.schedule.together == ["layer*.conv1"]
+    assert zeroed is not None
+    assert (zeroed.residual, zeroed.constants, zeroed.schedule.kind) == ("scatter", "fold", "progressive")
 
 
 def test_the_documents_code_runs() -> None:

@@ -116,7 +116,7 @@ HOSTILE: list[tuple[str, Any, str]] = [
     ("stripes/0/0", "111 111 112", r"stripes\.0\[0\]: 3 rows of 3 bits"),
     ("stripes/0", ["111 111 111"], r"stripes\.0: 1 filters where the weight has 8"),
     ("stripes/9", ["1"], r"stripes\.9: the model has no 2-d convolution"),
-    ("edits/0/kind", "import", r"edits\[0\]\.kind: input should be 'attribute', 'graph' or 'bias'"),
+    ("edits/0/kind", "import", r"edits\[0\]\.kind: input should be 'attribute', 'graph', 'bias', 'scatter', 'gather'"),
     ("edits/0/name", "__dict__", r"edits\[0\]\.name: an attribute's name is needed, not '__dict__'"),
     ("edits/0/value", "os.system", r"edits\[0\]\.value: input should be a valid integer"),
     ("edits/0/value", [2**70], r"edits\[0\]\.value: an integer or a list of integers is needed"),

@@ -310,7 +310,8 @@ def test_compose_joins_edits_stripes_and_residual() -> None:
     assert np.argwhere(~both.stripes["0"]).tolist() == [[0, 0, 0], [7, 0, 0], [7, 2, 2]]
     assert both.residual == "inner"
     assert compose(first, replace(second, residual="coupled")).residual == "coupled"  # its streams are cut by one
-    assert compose(first, replace(second, residual="scatter")).residual == "scatter"
+    assert compose(first, replace(second, residual="scatter")).residual == "inner"  # the groups are the first plan's
+    assert compose(replace(first, residual="scatter"), second).residual == "scatter"
     assert both.constants == {"3": "fold"}
     assert np.count_nonzero(~mask) == 2
 

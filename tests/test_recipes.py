@@ -80,7 +80,19 @@ def change(old: str, new: str) -> str:
         (change("keep: 0.5", "keep: 0.5, at_most: 3"), "line 5: prune.budget: give one of keep"),
         (change("keep: 0.5", "keep: 1.5"), "line 5: prune.budget.keep: a fraction of the dense cost"),
         (change("budget: {keep: 0.5}", "criterion: l3"), "line 5: prune.criterion: there is no criterion 'l3'"),
-        (change("keep: 0.5}", "keep: 0.5}\n  residual: scatter"), "line 6: prune.residual: 'scatter' is none of"),
+        (change("keep: 0.5}", "keep: 0.5}\n  residual: scattered"), "line 6: prune.residual: 'scattered' is none of"),
+        (
+            change("keep: 0.5}", "keep: 0.5}\n  constants: hold"),
+            "line 6: prune.constants: 'hold' is none of drop, fold; did you mean 'fold'?",
+        ),
+        (
+            change("keep: 0.5}", "keep: 0.5}\n  constants: {a: x}"),
+            "line 6: prune.constants.a: 'x' is none of drop, fold",
+        ),
+        (
+            change("keep: 0.5}", "keep: 0.5}\n  constants: 3"),
+            "line 6: prune.constants: 3 is none of drop, fold, nor a mapping of keys",
+        ),
         (change("keep: 0.5}", "keep: 0.5}\n  greedy: 1"), "line 6: prune.greedy: should be true or false, not 1"),
         (change("keep: 0.5}", "keep: 0.5}\n  calibration: 0"), "line 6: prune.calibration: should be greater than or"),
         (
@@ -145,9 +157,21 @@ FOLDER = "model: {name: some/folder}\ndata: {name: digits}\n"
         (NET.replace(", weights: random", ""), "line 1: model: the network would have random weights"),
         (NET + "distil: {}\n", "line 3: distil: distillation happens while fine-tuning"),
         (NET + "compensate: {}\n", "line 3: compensate: there is nothing to make up for"),
+        (
+            NET + "prune: {constants: {a: drop, '*': fold}}\ncompensate: {readers: bias}\n",
+            "line 4: compensate.readers: constants that are folded into the readers leave nothing to make up for:",
+        ),
         (NET + "scratch: epochs\n", "line 3: scratch: there is no pruned architecture"),
         (NET.replace("weights", "base"), "line 1: model.base: this is for a saved folder"),
         (FOLDER.replace("folder}", "folder, weights: a.pth}"), "line 1: model.weights: a saved folder has its own"),
+        (
+            NET + "prune: {constants: {'*': fold}, schedule: {kind: layer-by-layer}}\n",
+            "line 3: prune.constants: what one cut folds into a layer is in the way of the cut of that layer",
+        ),
+        (
+            NET + "prune: {residual: scatter, schedule: {kind: iterative}}\n",
+            "line 3: prune.residual: the end of a branch that one cut has rewired is not cut once more",
+        ),
         (
             NET + "prune: {schedule: {kind: progressive, training: {keep: best}}}\n",
             "line 3: prune.schedule.training.keep: the best epoch is mostly one from before",
@@ -183,6 +207,10 @@ FOLDER = "model: {name: some/folder}\ndata: {name: digits}\n"
         (
             SENSITIVE + "  allocation: uniform\n",
             "line 8: prune.allocation: what is found by trying differs from group to group: leave uniform out",
+        ),
+        (
+            SENSITIVE + "  residual: scatter\n",
+            "line 8: prune.residual: what a branch bears that is pruned on its own is not tried out: take another rule",
         ),
         (
             SENSITIVE + "  prefer: module\n",

@@ -369,7 +369,7 @@ def test_an_unreachable_budget_names_the_rule() -> None:
 @pytest.mark.parametrize(
     ("residual", "text"),
     [
-        ("scatter", r"residual='scatter' is reserved: .*\n  do: take one of 'coupled', 'inner', 'projection'"),
+        ("scattered", "there is no residual rule 'scattered'; did you mean 'scatter'"),
         ("iner", "there is no residual rule 'iner'; did you mean 'inner'"),
         (None, "there is no residual rule None"),
     ],

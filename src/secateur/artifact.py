@@ -31,7 +31,7 @@ from secateur.core import Measurement
 from secateur.errors import BadArtifact, BadPlan, BadRequest, WrongModel
 from secateur.graph import unwrap
 from secateur.plan_checks import plain
-from secateur.plans import Plan, added_biases, check_model, check_pruned, named_tensors, transient
+from secateur.plans import Plan, added_tensors, check_model, check_pruned, named_tensors, transient
 from secateur.surgery import rebuild, record
 from secateur.version import __version__
 
@@ -140,7 +140,7 @@ def _tensors(small: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
                 f"{name!r} ({type(value).__name__}) is no tensor but extra state of a module, which only a pickle "
                 "could hold, and secateur writes none\n  do: drop get_extra_state from the module, or keep it elsewhere"
             )
-    applied, known = record(small), plan.model.keys() | added_biases(plan)
+    applied, known = record(small), plan.model.keys() | added_tensors(plan)
     for name, tensor in _lasting(small).items():
         # the tables of a network that was returned as a graph are computed again
         if name not in known and (isinstance(tensor, nn.Parameter) or applied is None or applied.tier != "graph"):
@@ -164,7 +164,7 @@ def _lasting(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _fill(small: nn.Module, plan: Plan, path: Path) -> None:
     """Set every tensor of ``small`` to the one of its name in the file, which must hold these and no others."""
-    known = plan.model.keys() | added_biases(plan)
+    known = plan.model.keys() | added_tensors(plan)
     targets = {name: tensor for name, tensor in _lasting(small).items() if name in known}
     try:
         with safe_open(path, framework="pt", device="cpu") as file:

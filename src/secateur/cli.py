@@ -21,6 +21,7 @@ from secateur.cli_models import (
     Source,
     Subject,
     open_model,
+    parse_constants,
     parse_options,
     parse_ratios,
     parse_shape,
@@ -86,6 +87,10 @@ Ratio = Annotated[
     list[str] | None,
     typer.Option(metavar="RATIO", help="Fraction to remove, or GLOB=RATIO, or GLOB=WIDTH; repeatable."),
 ]
+Constants = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KIND", help="What zeroed filters leave: drop, fold, or GLOB=drop, GLOB=fold; repeatable."),
+]
 Found = Annotated[
     Path | None,
     typer.Option(metavar="FOLDER", help="What secateur sensitivity found: a budget is met with the least loss."),
@@ -149,7 +154,10 @@ def plan(
     sensitivity: Found = None,
     tolerance: Annotated[float | None, typer.Option(help="Ratios at which a group alone loses no more.")] = None,
     per: Annotated[str | None, typer.Option(help="With a tolerance, a ratio for each group, or stage.")] = None,
-    residual: cli_sensitivity.Residual = "coupled",
+    residual: Annotated[
+        str, typer.Option(help="What meets in residual sums: coupled, inner, projection, or scatter (each by itself).")
+    ] = "coupled",
+    constants: Constants = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Leave removed inputs out of the filters' norms.")] = False,
     data: Annotated[str | None, typer.Option(help="Training images, for criteria that look at them.")] = None,
     batches: Annotated[int, typer.Option(help="How many batches of them.")] = cli_sensitivity.CALIBRATION,
@@ -179,6 +187,7 @@ def plan(
         asked["budget"] = sc.Budget(keep=0.5, of=of)  # type: ignore[arg-type]
     asked |= {"exclude": tuple(exclude or ()), "allocation": allocation, "residual": residual, "greedy": greedy}
     asked |= {"round_to": round_to, "min_channels": min_channels, "seed": seed}
+    asked |= {"constants": parse_constants(constants or ())}
     with show.working("deciding"):
         made = sc.plan(graph, **asked, **cli_sensitivity.evidence(criterion, images, batches))
     _write_text(output, remember_model(made, source).to_json())

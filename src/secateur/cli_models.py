@@ -151,6 +151,17 @@ def parse_ratios(given: Sequence[str]) -> float | dict[str, float] | None:
     return ratios or None
 
 
+def parse_constants(given: Sequence[str]) -> str | dict[str, str]:
+    """``["fold"]`` as it is, ``["layer1.*=drop", "*=fold"]`` as a mapping; nothing as ``"drop"``."""
+    found = {pattern: value for pattern, _, value in (text.rpartition("=") for text in given)}
+    if "" in found and len(given) > 1:
+        raise BadRequest(
+            f"--constants {found['']!r} is for all groups, and others are given\n"
+            f"  do: write '*={found['']}', as the last one"
+        )
+    return found.get("", found) or "drop"
+
+
 def parse_options(given: Sequence[str]) -> dict[str, Any]:
     """``["classes=100", "shortcut=projection"]`` as keywords; values are Python literals where they can be read so."""
     options: dict[str, Any] = {}

@@ -197,7 +197,8 @@ def _print_named() -> None:
         )
     for name, network in NETWORKS.items():
         row = printed[name]
-        ratios = ", ".join(f"{100 * ratio:g}" for ratio in dict.fromkeys(network.ratios.values()))
+        removed = [row.ratio] if row.ratio else dict.fromkeys(network.ratios.values())  # FPGM's recipes give widths
+        ratios = ", ".join(f"{100 * ratio:g}" for ratio in removed)
         drops = [
             f"−{drop} %" if drop else left
             for drop, left in zip((row.flops_drop, row.params_drop), (row.flops, row.params), strict=True)

@@ -154,13 +154,31 @@ class Edit:
     ``kind="attribute"``: on the module ``target`` the integer, or tuple of integers, ``name`` becomes ``value``.
     ``kind="graph"``: the captured graph with its constants recomputed stands for the user's module (no target).
     ``kind="bias"``: the convolution or linear layer ``target``, which had no bias, has one of ``value`` zeros, as many
-    as the pruned layer has outputs. Later kinds (a scatter add, a pooled head, a stripe convolution) are reserved.
+    as the pruned layer has outputs. ``kind="scatter"``: the output of the module ``target`` gets its full width along
+    ``axis``; ``value`` has for each position of it the number of what is there, -1 for what is zero, or a constant if
+    ``name`` says so. ``kind="gather"``: the module ``target`` reads of its input nothing but the positions ``value``
+    along ``axis``. ``kind="constant"``: the convolution ``target`` reads one more channel, of ones, by a kernel of the
+    shape ``value`` (``wiring.py``). Later kinds (a stripe convolution) are reserved.
     """
 
     kind: str
     target: str
     name: str = ""
     value: int | tuple[int, ...] | None = None
+    axis: int | None = None
+
+
+@dataclass(frozen=True)
+class Turnover:
+    """What one choice of the channels that are zero, while a network trains, changed about the choice before it.
+
+    ``epoch``: how many epochs were over. ``entered`` and ``left``: ``{group: channels}``, sorted, for the groups that
+    have any: what is chosen now and was not, and what was chosen and is not any more.
+    """
+
+    epoch: int
+    entered: Mapping[str, tuple[int, ...]]
+    left: Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ class Coupling:
     """A graph with its groups. ``groups`` can be pruned, ``locked`` cannot and say why (found when asked for).
 
     ``group_of`` and ``channel_of``: class -> index into ``groups`` (or -1) and channel number in that group.
+    ``scatter``: whether sums of residual streams keep their width (``Propagation.scatters``).
     """
 
     graph: Graph
@@ -43,6 +44,7 @@ class Coupling:
     classes: Classes
     group_of: np.ndarray
     channel_of: np.ndarray
+    scatter: bool = False
 
     def class_keep(self, keep: Mapping[str, Any]) -> torch.Tensor:
         """``[classes]`` bool from kept channel numbers of each group; class 0 (locked) and all others stay."""
@@ -99,29 +101,32 @@ def find_groups(model: nn.Module | Graph, example_inputs: Inputs | None = None) 
     return (*coupling.groups, *coupling.locked)
 
 
-def couple(graph: Graph, prefer: Prefer = "channels") -> Coupling:
+def couple(graph: Graph, prefer: Prefer = "channels", *, scatter: bool = False) -> Coupling:
     """Propagate labels through a captured graph and read off its groups; done once for each graph.
 
     ``prefer="module"`` joins the parts of every even split and locks what padded channels are added to, so that more
     networks stay plain modules after surgery (``chunk`` cuts at half the *new* width, ``F.pad`` appends as many zeros
-    as ever) at the price of less freedom; ``"channels"`` leaves each channel free.
+    as ever) at the price of less freedom; ``"channels"`` leaves each channel free. ``scatter=True`` lets the sums of
+    residual streams keep their width, so that what is added up is cut on its own.
     """
-    found = graph.memo.get(prefer)
+    key = f"{prefer}, scatter" if scatter else prefer
+    found = graph.memo.get(key)
     if found is None:
-        found = graph.memo[prefer] = _couple(graph, Shared(Labels(), tie_halves=prefer == "module"))
+        shared = Shared(Labels(), tie_halves=prefer == "module", scatter=scatter)
+        found = graph.memo[key] = _couple(graph, shared)
     return found
 
 
 def freed(coupling: Coupling) -> Coupling:
     """The same groups on a capture that runs on any number of examples, if the model allows it."""
     graph = with_free_batch(coupling.graph)
-    return same_groups(graph, coupling.groups) or coupling
+    return same_groups(graph, coupling.groups, scatter=coupling.scatter) or coupling
 
 
-def same_groups(graph: Graph, groups: tuple[Group, ...]) -> Coupling | None:
+def same_groups(graph: Graph, groups: tuple[Group, ...], *, scatter: bool = False) -> Coupling | None:
     """The coupling of ``graph`` that has just these groups."""
     for prefer in ("channels", "module"):
-        coupling = couple(graph, prefer)
+        coupling = couple(graph, prefer, scatter=scatter)
         if coupling.groups is groups or coupling.groups == groups:
             return coupling
     return None
@@ -149,7 +154,8 @@ def _couple(graph: Graph, shared: Shared) -> Coupling:
         held = torch.where((classes.free == 0) & ~kernels[classes.component], classes.component, 0)
         return _finished(_collect(shared, held, signature, classes, roles), labels, taken)
 
-    return Coupling(graph, groups, _Later(locked), passes, shared.factors, classes, draft.group_of, draft.channel_of)
+    numbers = (draft.group_of, draft.channel_of)
+    return Coupling(graph, groups, _Later(locked), passes, shared.factors, classes, *numbers, shared.scatter)
 
 
 def _all_factors(passes: tuple[Propagation, ...], shared: Shared) -> Iterator[tuple[object, torch.Tensor]]:

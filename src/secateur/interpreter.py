@@ -110,7 +110,7 @@ class Masks:
 
     def _find_read(self, node: fx.Node) -> dict[fx.Node, Sequence[Mask]]:
         propagation = self.coupling.passes[self.index]
-        if node not in propagation.readers and node not in propagation.norms:
+        if not any(node in kind for kind in (propagation.readers, propagation.norms, propagation.scatters)):
             return {}
         sources = [s for s in node.all_input_nodes if shape_of(s) is not None]
         if node not in propagation.norms and op_name(node).startswith(_READ_FIRST_ONLY):

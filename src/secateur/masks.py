@@ -2,19 +2,21 @@
 
 It runs the captured graph with the parameters untouched. Where an operation sums over channels, the removed ones among
 its inputs are zero; where a normalisation takes statistics over channels, it takes them over the kept ones, group norm
-over the *dense* partition. This is the meaning of a plan, against which every smaller network is checked.
+over the *dense* partition. Channels whose constants the plan folds are not masked: their filters are zero instead, and
+what they leave is read. This is the meaning of a plan, against which every smaller network is checked.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Container, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from secateur.errors import BadPlan, WrongModel
+from secateur.errors import BadPlan, CannotPrune, WrongModel
 from secateur.graph import Graph, trace
 from secateur.graph import unwrap as unwrap_model
 from secateur.groups import Coupling, couple, freed, same_groups
@@ -44,9 +46,10 @@ def coupling_for(model: nn.Module | Graph, plan: Plan) -> Coupling:
     else:
         floats = [p.dtype for p in dense.parameters() if p.is_floating_point()]
         graph = trace(dense, example_from(plan, floats[0] if floats else torch.float32))
-    coupling = same_groups(graph, plan.groups)
+    scatter = plan.residual == "scatter"
+    coupling = same_groups(graph, plan.groups, scatter=scatter)
     if coupling is None:
-        coupling = couple(graph)
+        coupling = couple(graph, scatter=scatter)
         mine, theirs = {g.name: g for g in coupling.groups}, {g.name: g for g in plan.groups}
         odd = next(n for n in [*theirs, *mine] if mine.get(n) != theirs.get(n))
         raise WrongModel(
@@ -57,20 +60,63 @@ def coupling_for(model: nn.Module | Graph, plan: Plan) -> Coupling:
 
 
 def _refuse_reserved(plan: Plan) -> None:
-    wanted = [
-        name
-        for name, used in (
-            ("constants='fold'", "fold" in plan.constants.values()),
-            ("stripes", bool(plan.stripes)),
-            ("residual='scatter'", plan.residual == "scatter"),
-        )
-        if used
-    ]
-    if wanted:
+    if plan.stripes:
         raise BadPlan(
-            f"the plan asks for {', '.join(wanted)}, which its schema reserves and this release cannot carry out\n"
+            "the plan asks for stripes, which its schema reserves and this release cannot carry out\n"
             "  do: use a release that can, or plan again without"
         )
+
+
+@dataclass(frozen=True, eq=False)
+class Meaning:
+    """What a plan makes of the dense network. ``keep``: the classes that are not masked where they are read;
+    ``zeros``: the positions of the filters that are zero instead, by tensor and axis; ``folded``: classes, all but
+    those whose filters are zero."""
+
+    keep: torch.Tensor
+    zeros: Mapping[tuple[str, int], torch.Tensor]
+    folded: torch.Tensor
+
+
+def meaning_of(coupling: Coupling, plan: Plan) -> Meaning:
+    """Which removed channels are masked, and which have their filters set to zero (``constants="fold"``).
+
+    Raises ``CannotPrune`` for a folded group that no filters write, or filters that the forward computes.
+    """
+    folded = {name: kept for name, kept in plan.keep.items() if plan.constants.get(name) == "fold"}
+    zeros: dict[tuple[str, int], list[torch.Tensor]] = {}
+    tensors = coupling.graph.tensors if folded else {}
+    for group in coupling.groups:
+        if len(folded.get(group.name, ())) in (0, group.channels):
+            continue
+        removed = sorted(set(range(group.channels)) - set(folded[group.name]))
+        filters = [s for s in group.slices if s.role == "writes" and len(plan.model[s.tensor]) >= 2]
+        filters = [s for s in filters if isinstance(tensors[s.tensor], nn.Parameter)]
+        if not filters or any(s.tensor in coupling.transformed for s in filters):
+            what = "the forward computes its filters" if filters else "no filters write it"
+            raise CannotPrune(
+                f"constants='fold' cannot be carried out for {group.name}: {what}\n"
+                f"  do: drop its constants, with constants={{{group.name!r}: 'drop', '*': 'fold'}}, or exclude it"
+            )
+        for part in filters:
+            at = torch.from_numpy(part.positions[removed].ravel())
+            zeros.setdefault((part.tensor, part.axis), []).append(at)
+    masked_ones = {name: kept for name, kept in plan.keep.items() if name not in folded}
+    return Meaning(
+        coupling.class_keep(masked_ones),
+        {place: torch.cat(found).unique() for place, found in zeros.items()},
+        coupling.class_keep(folded),
+    )
+
+
+def zeroed_filters(
+    state: Mapping[str, torch.Tensor], zeros: Mapping[tuple[str, int], torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """``state`` with zeros at the positions in ``zeros``; what has none is the same tensor."""
+    found = dict(state)
+    for (name, axis), positions in zeros.items():
+        found[name] = found[name].index_fill(axis, positions.to(found[name].device), 0.0)
+    return found
 
 
 def example_from(plan: Plan, dtype: torch.dtype = torch.float32) -> Any:
@@ -101,13 +147,13 @@ class Masked(nn.Module):
     def __init__(self, coupling: Coupling, plan: Plan) -> None:
         super().__init__()
         # not plain attributes: the user's modules may bear any name
-        self.__dict__["_secateur"] = (coupling, plan, coupling.class_keep(plan.keep))
+        self.__dict__["_secateur"] = (coupling, plan, meaning_of(coupling, plan))
         register(self, {name: _own(t) for name, t in coupling.graph.tensors.items()})
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        coupling, _, keep = self.__dict__["_secateur"]
-        state = {**dict(self.named_parameters()), **dict(self.named_buffers())}
-        out = run_masked(coupling, keep, state, coupling.graph.inputs.flat(args, kwargs))
+        coupling, _, meaning = self.__dict__["_secateur"]
+        state = zeroed_filters({**dict(self.named_parameters()), **dict(self.named_buffers())}, meaning.zeros)
+        out = run_masked(coupling, meaning.keep, state, coupling.graph.inputs.flat(args, kwargs))
         return unflatten(coupling.graph.captures[0].skeleton, out)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Masked:

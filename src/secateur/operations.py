@@ -42,7 +42,8 @@ class Operation:
 
 
 def operations(graph: Graph) -> list[Operation]:
-    """Every convolution, linear layer and matrix product of the eval pass, in graph order."""
+    """Every convolution, linear layer and matrix product of the eval pass, in graph order. Convolutions that depend on
+    no input are left out: they are a constant of the network, not a cost of an image."""
     capture = graph.captures[0]
     batch = 1
     if any(capture.batched):
@@ -56,6 +57,8 @@ def operations(graph: Graph) -> list[Operation]:
         reader = _READERS.get(op_name(node)) if node.op == "call_function" else None
         if reader is not None:
             kind, parts, weight = reader(node)
+            if kind == "conv" and node not in examples:
+                continue  # of constants alone, as where constants were folded: the same for every image
             for scale, widths in parts:
                 name = (
                     capture.names[str(weight.target)] if weight is not None and is_tensor_node(weight, capture) else ""

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from secateur.allocation import allocate, excluded_groups, fixed_widths
+from secateur.allocation import allocate, excluded_groups, fixed_widths, highest
 from secateur.calibration import Loss, collect
 from secateur.core import Budget, Criterion, Group
-from secateur.criteria import CRITERIA, check_given, is_sequential, label, locations, reads, resolve
+from secateur.criteria import CRITERIA, check_given, is_sequential, label, locations, needs_width, reads, resolve
 from secateur.errors import BadRequest, WrongModel, nearest
 from secateur.graph import Graph, Inputs, trace
 from secateur.groups import Coupling, Prefer, couple
 from secateur.layer_weights import as_read
 from secateur.operations import costs_of
-from secateur.plans import Plan, fingerprint, input_specs
+from secateur.plans import CONSTANTS, Constant, Plan, fingerprint, input_specs
 from secateur.residuals import RULES, kept_whole, scored_by_projection
 from secateur.scores import score
 from secateur.selection import front_to_back
@@ -28,6 +29,7 @@ from secateur.sequential import KINDS, front_to_back_on_data
 from secateur.version import __version__
 
 Residual = Literal["coupled", "inner", "projection", "scatter"]
+Constants = Literal["drop", "fold"] | Mapping[str, Literal["drop", "fold"]]
 
 
 def plan(
@@ -42,6 +44,7 @@ def plan(
     data: Iterable[Any] | None = None,
     loss: Loss | None = None,
     residual: Residual = "coupled",
+    constants: Constants = "drop",
     greedy: bool = False,
     sensitivity: Sensitivity | None = None,
     prefer: Prefer = "channels",
@@ -65,7 +68,11 @@ def plan(
 
     ``residual``: ``"coupled"`` prunes all that is added up together; ``"inner"`` only what is added to nothing;
     ``"projection"`` scores a residual stream by its shortcut projection alone, and leaves whole one that has none (Li
-    et al. 2017, section 3.4; see ``residuals.py``). ``greedy``: which channels go is decided front to back, with the
+    et al. 2017, section 3.4; see ``residuals.py``); ``"scatter"`` prunes each layer that adds to a stream on its own,
+    and adds what is left of it into the full width (He et al. 2019, FPGM). ``constants``: what becomes of the constant
+    that a channel leaves behind its batch norm when its filter is zero; ``"drop"``: it goes too, ``"fold"``: it is kept
+    in what reads it, so that the small network equals the one with zeroed filters (``folding.py``); or either by name
+    or glob of groups, the first that fits. ``greedy``: which channels go is decided front to back, with the
     weights of what is gone already left out (Li et al. 2017, section 3.3; see ``selection.py`` for what that means to
     criteria other than norms; those that look at what the next layers put out see it measured anew for each group,
     ``sequential.py``; ``"thinet_sequential"`` is always greedy). How many go is not affected by it.
@@ -73,8 +80,9 @@ def plan(
     Raises ``CannotCapture``, ``BadRequest``, ``Unreachable``, ``CannotPrune`` or ``WrongModel`` (a sensitivity of
     another network), each with what to do about it.
     """
-    how = _Request(criterion, budget, ratios, exclude, allocation, data, loss, residual, greedy, sensitivity)
-    how = replace(how, prefer=prefer, min_channels=min_channels, round_to=round_to, seed=seed)
+    how = _Request(criterion, budget, ratios, exclude, allocation, data, loss)
+    how = replace(how, residual=residual, greedy=greedy, sensitivity=sensitivity)
+    how = replace(how, prefer=prefer, min_channels=min_channels, round_to=round_to, seed=seed, constants=constants)
     _check(how)
     return _decide(trace(model, example_inputs), how)
 
@@ -87,7 +95,7 @@ def widths(graph: Graph, **options: Any) -> dict[str, int]:
     how = _Request(**options)
     _check(how)
     kept, _ = _allocated(_opened(graph, how), how, measure=how.budget is not None)
-    return {name: len(own) for name, own in kept.items()}
+    return _counts(kept)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +110,7 @@ class _Request:
     data: Iterable[Any] | None = None
     loss: Loss | None = None
     residual: Residual = "coupled"
+    constants: Constants = "drop"
     greedy: bool = False
     sensitivity: Sensitivity | None = None
     prefer: Prefer = "channels"
@@ -117,7 +126,7 @@ def _decide(graph: Graph, how: _Request) -> Plan:
     keep, evidence = _allocated(coupling, how, measure=how.budget is not None or not anew)
     if by_turns:
         judged = {group.name: group for group in _judged(coupling, how)}
-        counts = {name: len(kept) for name, kept in keep.items()}
+        counts = _counts(keep)
         if anew:
             assert how.data is not None
             keep = front_to_back_on_data(
@@ -131,7 +140,8 @@ def _decide(graph: Graph, how: _Request) -> Plan:
         model=fingerprint(graph.model),
         inputs=input_specs(graph.args, graph.kwargs),
         made_by=_made_by(how),
-        residual="inner" if how.residual == "inner" else "coupled",
+        constants=folded_groups(coupling.groups, how.constants),
+        residual="coupled" if how.residual == "projection" else how.residual,
         graph=graph,
     )
 
@@ -140,7 +150,7 @@ def _opened(graph: Graph, how: _Request) -> Coupling:
     """The groups of the network, sure to be those that a sensitivity speaks of."""
     if how.sensitivity is not None:
         how.sensitivity.check(graph.model)
-    coupling = couple(graph, how.prefer)
+    coupling = couple(graph, how.prefer, scatter=how.residual == "scatter")
     _check_curves(coupling, how)
     return coupling
 
@@ -150,18 +160,33 @@ def _allocated(
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, dict[str, Any]]]:
     """What every group keeps, scored on the dense network, and what was measured there. Without ``measure``, only how
     many channels are kept counts."""
-    whole = kept_whole(coupling, how.residual)
     judged = _judged(coupling, how)
     evidence: dict[str, dict[str, Any]] = {}
-    scores = {group.name: torch.zeros(group.channels) for group in judged}
-    if measure:
-        fields = reads(how.criterion)
-        if how.data is not None:
-            drawn = locations(how.criterion)
-            evidence = collect(coupling, judged, fields, how.data, loss=how.loss, locations=drawn, seed=how.seed)
-        shown, tensors = as_read(coupling, judged, fields)
-        scores = score(shown, tensors, how.criterion, seed=how.seed, evidence=evidence)
-    keep = allocate(
+    blank = {group.name: torch.zeros(group.channels) for group in judged}
+    if not measure:
+        return _at(coupling, how, blank), evidence
+    fields = reads(how.criterion)
+    if how.data is not None:
+        drawn = locations(how.criterion)
+        evidence = collect(coupling, judged, fields, how.data, loss=how.loss, locations=drawn, seed=how.seed)
+    shown, tensors = as_read(coupling, judged, fields)
+    known = None if how.budget is not None else _counts(_at(coupling, how, blank))
+    scores = score(shown, tensors, how.criterion, n_keep=known, seed=how.seed, evidence=evidence)
+    keep = _at(coupling, how, scores)
+    if known is None and needs_width(how.criterion):  # how many go is decided now, and which of them depends on it
+        known = _counts(keep)
+        scores = score(shown, tensors, how.criterion, n_keep=known, seed=how.seed, evidence=evidence)
+        keep |= {name: highest(own, known[name]) for name, own in scores.items()}
+    return keep, evidence
+
+
+def _counts(keep: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    return {name: len(kept) for name, kept in keep.items()}
+
+
+def _at(coupling: Coupling, how: _Request, scores: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    """What every group keeps by these scores."""
+    return allocate(
         coupling.groups,
         scores,
         ratios=how.ratios,
@@ -172,10 +197,9 @@ def _allocated(
         min_channels=how.min_channels,
         round_to=how.round_to,
         locked=coupling.locked,
-        whole=whole,
+        whole=kept_whole(coupling, how.residual),
         losses=None if how.sensitivity is None else losses(how.sensitivity),
     )
-    return keep, evidence
 
 
 def _judged(coupling: Coupling, how: _Request) -> list[Group]:
@@ -192,6 +216,26 @@ def _judged(coupling: Coupling, how: _Request) -> list[Group]:
     return judged
 
 
+def folded_groups(groups: Sequence[Group], asked: Constants) -> dict[str, Constant]:
+    """``Plan.constants``: the groups whose constants are folded. Raises ``BadRequest`` for what is none of the two, and
+    for a glob that matches no group."""
+    by_glob = {} if isinstance(asked, str) else dict(asked)
+    names = [group.name for group in groups]
+    for value in [asked] if isinstance(asked, str) else by_glob.values():
+        if value not in CONSTANTS:
+            raise BadRequest(f"constants: there is no {value!r}{nearest(str(value), CONSTANTS)}")
+    for glob in by_glob:
+        if not any(fnmatchcase(name, glob) for name in names):
+            raise BadRequest(f"constants: no group of the network matches {glob!r}{nearest(glob, names)}")
+    if isinstance(asked, str):
+        by_glob = {"*": asked}
+    return {name: "fold" for name in names if _first_fit(name, by_glob) == "fold"}
+
+
+def _first_fit(name: str, by_glob: Mapping[str, Constant]) -> Constant:
+    return next((value for glob, value in by_glob.items() if fnmatchcase(name, glob)), "drop")
+
+
 # What may be asked for -------------------------------------------------------------------------------------------
 
 
@@ -206,11 +250,6 @@ def _check_request(how: _Request) -> None:
         raise BadRequest("say how much to prune: budget=sc.Budget(keep=0.5) or ratios=0.5")
     if how.budget is not None and not isinstance(how.budget, Budget):
         raise BadRequest(f"a budget is a Budget, not {how.budget!r}: say sc.Budget(keep=0.5, of='macs')")
-    if how.residual == "scatter":
-        raise BadRequest(
-            "residual='scatter' is reserved: this release does not prune one layer of a residual stream alone\n"
-            f"  do: take one of {', '.join(map(repr, RULES))}"
-        )
     if how.residual not in RULES:
         raise BadRequest(f"there is no residual rule {how.residual!r}{nearest(str(how.residual), RULES)}")
 
@@ -276,6 +315,7 @@ def _made_by(how: _Request) -> dict[str, Any]:
         "allocation": how.allocation,
         "sensitivity": how.sensitivity and {"criterion": how.sensitivity.criterion, **how.sensitivity.made_by},
         "residual": None if how.residual == "coupled" else how.residual,
+        "constants": None if how.constants == "drop" else how.constants,
         "greedy": how.greedy or None,
         "prefer": how.prefer,
         "seed": how.seed,

@@ -21,7 +21,10 @@ from secateur.errors import BadPlan, nearest
 Shape = tuple[int, ...]
 
 ROLES = ("writes", "reads", "scales", "follows")
-EDIT_KINDS = ("attribute", "graph", "bias")
+WIRINGS = ("scatter", "gather", "constant")
+EDIT_KINDS = ("attribute", "graph", "bias", *WIRINGS)
+SCATTERED_WITH = ("", "scatter_constants")
+MOST_AXES = 64
 LARGEST_AXIS = 2**24
 """The longest tensor axis that may carry channels: anything beyond it is a damaged or hostile file."""
 DEEPEST = 20
@@ -174,7 +177,8 @@ def edit_of(index: int, edit: Edit) -> Edit:
     """An edit of a known kind, with a plain value.
 
     ``attribute`` sets the integer, or tuple of integers, ``name`` of the module ``target``; ``bias`` gives the module
-    ``target`` a bias of length ``value``; ``graph``: the pruned network is the captured graph.
+    ``target`` a bias of length ``value``; ``graph``: the pruned network is the captured graph; ``scatter``, ``gather``
+    and ``constant`` rewire the module ``target``.
     """
     where = f"edits[{index}]"
     if not isinstance(edit, Edit):
@@ -190,6 +194,8 @@ def edit_of(index: int, edit: Edit) -> Edit:
         if edit.name != "" or type(edit.value) is not int or not 1 <= edit.value <= LARGEST_AXIS:
             raise BadPlan(f"{where}: a bias edit has no name, and its value is a length from 1 to {LARGEST_AXIS}")
         return edit
+    if edit.kind in WIRINGS:
+        return _wiring(where, edit)
     if not isinstance(edit.name, str) or not edit.name.isidentifier() or edit.name.startswith("_"):
         raise BadPlan(f"{where}.name: an attribute's name is needed, not {edit.name!r}")
     value = tuple(edit.value) if isinstance(edit.value, (list, tuple)) else edit.value
@@ -199,8 +205,29 @@ def edit_of(index: int, edit: Edit) -> Edit:
     return replace(edit, value=value)
 
 
+def _wiring(where: str, edit: Edit) -> Edit:
+    """An edit of a kind that rewires a module, with positions that make sense."""
+    value = edit.value if isinstance(edit.value, (list, tuple)) else ()
+    numbers = np.asarray(value) if value and all(type(number) is int for number in value) else np.zeros(0, np.int64)
+    name, axis, is_kernel = edit.name, edit.axis, edit.kind == "constant"
+    there = numbers[numbers >= 0] if edit.kind == "scatter" else numbers
+    good = 0 < len(numbers) <= LARGEST_AXIS and bool((numbers < LARGEST_AXIS).all()) and len(there) > 0
+    if edit.kind == "scatter":
+        good &= bool((numbers >= -1).all()) and there.tolist() == list(range(len(there))) and name in SCATTERED_WITH
+    elif edit.kind == "gather":
+        good &= bool((np.diff(numbers, prepend=-1) > 0).all()) and name == ""
+    else:
+        good &= bool((numbers > 0).all()) and math.prod(value) <= LARGEST_INPUT and name == ""
+    if not good or (axis is not None if is_kernel else type(axis) is not int or not 0 <= axis < MOST_AXES):
+        raise BadPlan(f"{where}: a {edit.kind} edit of {edit.target!r} with a value, a name or an axis that is none")
+    return replace(edit, value=tuple(value))
+
+
 def check_biases(edits: Sequence[Edit], model: Mapping[str, Shape]) -> None:
     """Every bias that is added stands beside a weight, where none was; a captured graph has no place for one."""
+    wired = [(edit.kind, edit.target) for edit in edits if edit.kind in WIRINGS]
+    if len(set(wired)) < len(wired) or (wired and any(edit.kind == "graph" for edit in edits)):
+        raise BadPlan("edits: a module is rewired twice, or rewired in a network that is returned as a captured graph")
     targets = [edit.target for edit in edits if edit.kind == "bias"]
     for target in targets:
         if len(model.get(weight_of(target), ())) < 2:

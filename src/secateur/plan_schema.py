@@ -64,10 +64,11 @@ class _Group(_Strict):
 
 
 class _Edit(_Strict):
-    kind: Literal["attribute", "graph", "bias"]
+    kind: Literal["attribute", "graph", "bias", "scatter", "gather", "constant"]
     target: Name
     name: Name
     value: int | list[int] | None
+    axis: Count | None = None
 
 
 class _Plan(_Strict):
@@ -86,7 +87,7 @@ def encode(plan: Plan) -> str:
     """``plan`` as JSON text of version 1, ASCII, ending in a newline."""
     line = json.dumps
     groups = [_group_text(group, plan.keep[group.name]) for group in plan.groups]
-    edits = [line({"kind": e.kind, "target": e.target, "name": e.name, "value": e.value}) for e in plan.edits]
+    edits = [line({key: v for key, v in vars(e).items() if key != "axis" or v is not None}) for e in plan.edits]
     stripes = {name: [_bits(rows) for rows in mask] for name, mask in plan.stripes.items()}
     entries = {
         "secateur_plan": str(VERSION),
@@ -122,7 +123,8 @@ def decode(text: str) -> dict[str, Any]:
         "stripes": {name: _mask(name, rows, read.model) for name, rows in read.stripes.items()},
         "residual": read.residual,
         "edits": tuple(
-            Edit(e.kind, e.target, e.name, tuple(e.value) if isinstance(e.value, list) else e.value) for e in read.edits
+            Edit(e.kind, e.target, e.name, tuple(e.value) if isinstance(e.value, list) else e.value, e.axis)
+            for e in read.edits
         ),
     }
 

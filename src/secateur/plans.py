@@ -30,6 +30,8 @@ Constant = Literal["drop", "fold"]
 Residual = Literal["coupled", "inner", "scatter"]
 
 CONSTANTS = ("drop", "fold")
+CONSTANT_KERNEL = "constant_kernel"
+"""The buffer of a convolution that a ``constant`` edit rewires."""
 RESIDUALS = ("coupled", "inner", "scatter")
 
 
@@ -161,12 +163,21 @@ def pruned_shapes(plan: Plan) -> dict[str, Shape]:
         for axis, positions in axes.items():
             shape[axis] = len(positions)
         shapes[tensor] = tuple(shape)
-    return shapes | {name: (length,) for name, length in added_biases(plan).items()}
+    return shapes | added_tensors(plan)
 
 
-def added_biases(plan: Plan) -> dict[str, int]:
-    """``{tensor: length}`` of the biases that the pruned network has and the dense one has not."""
-    return {checks.bias_of(e.target): e.value for e in plan.edits if e.kind == "bias" and isinstance(e.value, int)}
+def added_tensors(plan: Plan) -> dict[str, Shape]:
+    """``{tensor: shape}`` of what the pruned network has and the dense one has not: biases, and constants where
+    modules were rewired."""
+    found: dict[str, Shape] = {}
+    for edit in plan.edits:
+        if edit.kind == "bias" and isinstance(edit.value, int):
+            found[checks.bias_of(edit.target)] = (edit.value,)
+        elif edit.kind == "constant" and isinstance(edit.value, tuple):
+            found[f"{edit.target}.{CONSTANT_KERNEL}"] = edit.value
+        elif edit.kind == "scatter" and edit.name and isinstance(edit.value, tuple):
+            found[f"{edit.target}.{edit.name}"] = (sum(place < 0 for place in edit.value),)
+    return found
 
 
 def fingerprint(model: nn.Module) -> dict[str, Shape]:
@@ -249,13 +260,13 @@ def compose(first: Plan, second: Plan) -> Plan:
     check_pruned(first, second.model, also=cut, who=("the once pruned network", "the second plan's network"))
     before = first.kept()
     final = {tensor: dict(axes) for tensor, axes in before.items()}
-    added, later = added_biases(first), second.kept()
+    added, later = added_tensors(first), second.kept()
     for tensor, axes in later.items():
         for axis, positions in axes.items() if tensor not in added else ():
             earlier = before.get(tensor, {}).get(axis)
             final.setdefault(tensor, {})[axis] = positions if earlier is None else earlier[positions]
     keep = {group.name: _surviving(group, final, first.model) for group in first.groups}
-    shrunk = tuple(_shrunk(edit, later) if edit.kind == "bias" else edit for edit in first.edits)
+    shrunk = tuple(_shrunk(edit, later) for edit in first.edits)
     edits = {(edit.kind, edit.target, edit.name): edit for edit in (*shrunk, *second.edits)}
     result = replace(
         first,
@@ -270,10 +281,15 @@ def compose(first: Plan, second: Plan) -> Plan:
     return result
 
 
-def _shrunk(bias: Edit, later: Mapping[str, Mapping[int, np.ndarray]]) -> Edit:
-    """An added bias after another round of pruning."""
-    axes = later.get(checks.bias_of(bias.target), {})
-    return replace(bias, value=len(axes[0])) if axes else bias
+def _shrunk(edit: Edit, later: Mapping[str, Mapping[int, np.ndarray]]) -> Edit:
+    """An added bias, or kernel of constants, after another round of pruning."""
+    if edit.kind == "bias":
+        axes = later.get(checks.bias_of(edit.target), {})
+        return replace(edit, value=len(axes[0])) if axes else edit
+    if edit.kind == "constant" and isinstance(edit.value, tuple):
+        axes = later.get(f"{edit.target}.{CONSTANT_KERNEL}", {})
+        return replace(edit, value=tuple(len(axes.get(axis, range(size))) for axis, size in enumerate(edit.value)))
+    return edit
 
 
 def input_specs(args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -323,10 +339,10 @@ def _same_cuts(got: Mapping[str, Mapping[int, np.ndarray]], wanted: Mapping[str,
 
 
 def _compose_residual(first: Residual, second: Residual) -> Residual:
-    """Streams are cut if one of the two cuts them."""
-    if "scatter" in (first, second):
+    """The groups are the first plan's, and so is what their channels meet."""
+    if first == "scatter":
         return "scatter"
-    return first if first == second else "coupled"
+    return "inner" if first == "inner" and second != "coupled" else "coupled"
 
 
 def _compose_constants(first: Plan, second: Plan) -> dict[str, Constant]:
@@ -337,7 +353,8 @@ def _compose_constants(first: Plan, second: Plan) -> dict[str, Constant]:
         if all(cuts) and asked[0] != asked[1]:
             raise BadPlan(
                 f"the plans do not compose: the constants of group {name!r} are {asked[0]!r} in the first plan and "
-                f"{asked[1]!r} in the second"
+                f"{asked[1]!r} in the second\n"
+                f"  do: plan the second cut with constants={asked[0]!r}, or leave the group out"
             )
         result[name] = asked[1] if cuts[1] or name not in first.constants else asked[0]
     return result

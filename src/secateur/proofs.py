@@ -20,6 +20,7 @@ from secateur.errors import CannotPrune
 from secateur.graph import plain
 from secateur.groups import Coupling
 from secateur.interpreter import run_masked
+from secateur.masks import Meaning, zeroed_filters
 from secateur.nests import flatten, unflatten
 from secateur.slicing import State
 
@@ -50,21 +51,22 @@ class Proof:
         return all(not t.is_floating_point() or bool((t == t.round()).all()) for t in reals)
 
 
-def prove(coupling: Coupling, class_keep: torch.Tensor, *, copies: int = 1, anew: bool = False) -> Proof:
+def prove(coupling: Coupling, meaning: Meaning, *, copies: int = 1, anew: bool = False) -> Proof:
     """Run the masked network on telling weights and inputs, ``copies`` random ones (more than one needs a capture with
     a free batch). ``anew``: with vectors drawn anew, so that no gate that training closed hides what is behind it.
-    Raises ``CannotPrune`` if nothing tells."""
+    Where constants are folded only the eval pass is compared: in train mode a batch norm takes the statistics of the
+    zeros. Raises ``CannotPrune`` if nothing tells."""
     tensors = coupling.graph.tensors
     why = ""
     for inputs in (telling_inputs(coupling, copies), _example(coupling)):
         for make in (redrawn if anew else perturbed, doubles):
-            state = make(tensors)
+            state = zeroed_filters(make(tensors), meaning.zeros)
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                wanted = run_masked(coupling, class_keep, state, _copies(inputs))
+                wanted = run_masked(coupling, meaning.keep, state, _copies(inputs))
                 why = _tells_nothing(wanted)
                 if not why:
-                    train = _masked_train(coupling, class_keep, state, inputs)
+                    train = None if meaning.zeros else _masked_train(coupling, meaning.keep, state, inputs)
                     return Proof(coupling, state, inputs, wanted, train, 1e-5 if casts(coupling) else 1e-9)
     raise CannotPrune(
         f"the network's outputs are {why}, on the example inputs and on random ones, so nothing can be proved\n"

@@ -6,7 +6,9 @@ locking labels on the way. An operation without a rule, or a rule that raises, l
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -23,13 +25,18 @@ Rule = Callable[["Call"], Result]
 _CREATES = frozenset({"arange", "full", "zeros", "ones", "scalar_tensor", "eye", "linspace", "empty"})
 
 _LABELS_ANEW = frozenset({"expand", "expand_as"})
+SCATTERED_SUMS = frozenset({"add", "sub", "rsub"})
+"""Sums of two operands, each of which may be narrow where the sum is not."""
 
 
 class Propagation:
     """The factors of every node of one captured pass.
 
-    ``readers``: nodes that sum over channels; ``norms``: nodes that take statistics over the kept channels. Parameter
-    factors (``tensors``) and the roles of their axes are shared between passes.
+    ``readers``: nodes that sum over channels; ``norms``: nodes that take statistics over the kept channels;
+    ``scatters``: sums that keep their full width, where what is narrow has to be scattered (``Shared.scatter``).
+    ``layers``: for every node the layers whose outputs it is made of, as the bits of a number; what is behind other
+    layers does not count, and neither do parameters (0: no activation). Parameter factors (``tensors``) and the roles
+    of their axes are shared between passes.
     """
 
     def __init__(
@@ -40,9 +47,14 @@ class Propagation:
         self.constants: dict[fx.Node, Any] = {}
         self.readers: set[fx.Node] = set()
         self.norms: set[fx.Node] = set()
+        self.scatters: set[fx.Node] = set()
+        self.layers: dict[fx.Node, int] = {}
         self.weights_only: set[fx.Node] = set()
-        for node in capture.graph.nodes:
+        for index, node in enumerate(capture.graph.nodes):
             self._visit(node, tensors)
+            parts = [self.layers[source] for source in node.all_input_nodes]
+            own = node.op == "placeholder" or (node in self.readers and any(parts))
+            self.layers[node] = 1 << index if own else reduce(operator.or_, parts, 0)
 
     def _visit(self, node: fx.Node, tensors: Mapping[str, torch.Tensor]) -> None:
         if node.op == "get_attr":
@@ -80,6 +92,9 @@ class Propagation:
         if name not in _LABELS_ANEW and not any(self.factors.get(i) for i in inputs):
             return tuple([] for _ in value) if isinstance(value, (tuple, list)) else []
         self.labels.here = lambda why: f"{why}, at {name} in {source_line(node)}"
+        if self.shared.scatter and name in SCATTERED_SUMS and len({self.layers[i] for i in inputs} - {0}) > 1:
+            self.scatters.add(node)
+            return self._full_width(node)
         rule = self.rules.get(name)
         try:
             if rule is None:
@@ -93,6 +108,17 @@ class Propagation:
             for source in inputs:
                 self.lock_all(source, f"it feeds something not understood: {why}")
             return tuple([] for _ in value) if isinstance(value, (tuple, list)) else []
+
+    def _full_width(self, node: fx.Node) -> Factors:
+        """The factors of a sum that keeps its width, whatever is left of what it adds up."""
+        shape = shape_of(node) or ()
+        offset = {source: len(shape) - len(shape_of(source) or ()) for source in node.all_input_nodes}
+        found = [(f, offset[s]) for s in node.all_input_nodes for f in self.factors[s] if isinstance(f, torch.Tensor)]
+        axes = sorted({axis + shift for factor, shift in found for axis in varying(factor)})
+        factors = [on_axis(self.labels.fresh(shape[axis]), axis, len(shape)) for axis in axes]
+        for factor in factors:
+            self.labels.lock(factor, "residual='scatter' adds into the full width of a residual stream")
+        return factors
 
     def _getitem(self, node: fx.Node) -> Result:
         source, index = node.args[0], node.args[1]
@@ -126,11 +152,11 @@ class Shared:
     """What the passes over one model have in common: the factors of its tensors and the roles of their axes.
 
     ``tie_halves``: join the parts of an even split, so that ``chunk`` still cuts where it should, and let padded
-    channels be.
+    channels be. ``scatter``: sums of different layers keep their width, and tie nothing that they add up.
     """
 
-    def __init__(self, labels: Labels, tie_halves: bool = False) -> None:
-        self.labels, self.tie_halves = labels, tie_halves
+    def __init__(self, labels: Labels, tie_halves: bool = False, scatter: bool = False) -> None:
+        self.labels, self.tie_halves, self.scatter = labels, tie_halves, scatter
         self.factors: dict[str, Factors] = {}
         self._roles: list[tuple[torch.Tensor, Role]] = []
 

@@ -6,6 +6,8 @@
 - *projection*: a group that meets is scored by the shortcut projection of its first sum alone, since the identity maps
   matter more than what is added to them; a stream without a projection stays whole. Li et al., section 3.4, on
   ResNet-34.
+- *scatter*: a sum keeps its width, and each layer that adds to it is pruned on its own; what is left of its output is
+  added in where it belongs. He et al. (FPGM, CVPR 2019), whose code prunes every layer of a residual block.
 
 An activation is *another* one if another layer takes part in it: ``x + x * norm(x)`` and a depthwise ``x + conv(x)``
 change the channels of one layer, and nothing meets there. Nor does it in what is no sum of two operands: a maximum, a
@@ -25,7 +27,7 @@ from secateur.core import Group
 from secateur.groups import Coupling
 from secateur.nodes import named_args, op_name, shape_of, source_line
 
-RULES = ("coupled", "inner", "projection")
+RULES = ("coupled", "inner", "projection", "scatter")
 SUMS = frozenset("add sub rsub addcmul addcdiv lerp".split())
 """Operations that add their operands up, element by element."""
 PRODUCTS_ADDED = frozenset("addmm baddbmm addmv".split())
@@ -94,7 +96,7 @@ def _narrowed(group: Group, shortcut: Shortcut) -> Group:
 
 def _sums(coupling: Coupling) -> list[Sum]:
     """The sums of the eval pass in which free groups meet, in graph order."""
-    layers = _layers(coupling)
+    layers = coupling.passes[0].layers
     found = []
     for node in coupling.graph.captures[0].graph.nodes:
         operands = [n for n in _operands(node) if layers[n]]
@@ -131,21 +133,6 @@ def _over_stack(node: fx.Node, stacked: fx.Node) -> bool:
     dim = named_args(node).get("dim")
     axes = [] if dim is None else list(dim) if isinstance(dim, (list, tuple)) else [dim]
     return not axes or named_args(stacked)["dim"] % rank in [axis % rank for axis in axes]
-
-
-def _layers(coupling: Coupling) -> dict[fx.Node, int]:
-    """For every node the layers whose outputs it is made of, as the bits of a number: what is behind other layers does
-    not count, and neither do parameters. 0: no activation."""
-    readers = coupling.passes[0].readers
-    layers: dict[fx.Node, int] = {}
-    for index, node in enumerate(coupling.graph.captures[0].graph.nodes):
-        parts = [layers[source] for source in node.all_input_nodes]
-        own = node.op == "placeholder" or (node in readers and any(parts))
-        layers[node] = 1 << index if own else 0
-        if not own:
-            for part in parts:
-                layers[node] |= part
-    return layers
 
 
 def _classes(coupling: Coupling, node: fx.Node) -> np.ndarray:

@@ -8,7 +8,7 @@ tried as an integer attribute of the user's own module.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,8 @@ from secateur.capture import Capture
 from secateur.groups import Coupling
 from secateur.labels import Factors
 from secateur.nodes import as_int, module_stack, named_args, op_name, shape_of
+from secateur.propagation import SCATTERED_SUMS
+from secateur.wiring import scatter_table
 
 A = torch.ops.aten
 _DERIVED = {
@@ -126,6 +128,16 @@ class Site:
     def replace(self, target: Any, *args: Any) -> None:
         self._mark(True)
         self.new.target, self.new.args, self.new.kwargs = target, args, {}
+
+    def spread(self, narrow: Any, axis: int, masks: Sequence[Mask]) -> fx.Node:
+        """``narrow`` at its full width along ``axis``, with zeros where ``masks[axis]`` is False."""
+        self._mark(True)
+        mask, behind = masks[axis], len(masks) - 1 - axis
+        assert mask is not None
+        table = self.table(scatter_table(mask))
+        with self.result.graph.inserting_before(self.new):
+            padded = self.result.graph.call_function(A.constant_pad_nd.default, (narrow, [0, 0] * behind + [0, 1]))
+            return self.result.graph.call_function(A.index_select.default, (padded, axis, table))
 
     def _mark(self, differs: bool) -> None:
         stack = module_stack(self.old)
@@ -258,6 +270,17 @@ def _picked_numbers(site: Site, args: Mapping[str, Any], everything: torch.Tenso
     return everything[site.coupling.passes[site.index].constants[args["index"]]]
 
 
+def _sum(site: Site) -> None:
+    """A sum of a residual stream that keeps its width: what is narrow is scattered into it (He et al., FPGM)."""
+    if site.old not in site.coupling.passes[site.index].scatters:
+        return
+    for place, operand in enumerate(site.old.args):
+        masks = site.masks(operand) if isinstance(operand, fx.Node) else []
+        for axis, mask in enumerate(masks):
+            if mask is not None:
+                site.new.update_arg(place, site.spread(site.new.args[place], axis, masks))
+
+
 def _pick_again(site: Site, axis: int, numbers: torch.Tensor, old_size: int) -> None:
     """A contiguous run is a slice, anything else a table."""
     source = site.new.args[0]
@@ -333,6 +356,7 @@ REWRITES: dict[str, Callable[[Site], None]] = {
         _split,
     ),
     **dict.fromkeys("slice select narrow index_select index roll".split(), _pick),
+    **dict.fromkeys(SCATTERED_SUMS, _sum),
     **dict.fromkeys("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split(), _convolution),
     **dict.fromkeys(["constant_pad_nd", "pad"], _pad),
     "unflatten": _unflatten,

@@ -31,7 +31,8 @@ def score(
 ) -> dict[str, torch.Tensor]:
     """The scores of every group, ``{name: [C] float64}``, higher is kept longer.
 
-    ``tensors``: state_dict name -> tensor. ``n_keep``: how many channels of a group will stay, where it is known.
+    ``tensors``: state_dict name -> tensor. ``n_keep``: how many channels of a group will stay, where it is known, for
+    criteria whose scores depend on it (``criteria.needs_width``).
     ``evidence``: what ``calibration.collect`` measured, ``{group name: {field: value}}``, for a criterion that looks at
     activations or gradients. Raises ``BadRequest`` for an unknown criterion, for one that returns anything but ``[C]``
     real numbers and for evidence that is missing or another group's, and ``CannotPrune`` for weights or scores that
@@ -59,7 +60,8 @@ def _warn_of_ties(scores: Mapping[str, torch.Tensor], label: str) -> None:
             f"criterion {label!r} scores all channels of a group the same, in {len(tied)} of {len(scores)} groups "
             f"({shown}): it does not tell which of them matter, and their first channels stay\n"
             "  do: exclude these groups, or use a criterion that tells their channels apart, such as 'l1' (zeros say "
-            "nothing behind a SiLU, deviations nothing of maps of one position, scales nothing before training)",
+            "nothing behind a SiLU, deviations nothing of maps of one position, scales nothing before training, and no "
+            "criterion tells equal filters apart, nor a distance two of them)",
             SecateurWarning,
             stacklevel=6,
         )
@@ -129,7 +131,10 @@ def _checked(result: object, group: Group, label: str) -> torch.Tensor:
     scores = result.detach().to("cpu", torch.float64)
     bad = int((~torch.isfinite(scores)).sum())
     if bad:
-        raise CannotPrune(f"{where} returned {bad} of {group.channels} scores that are not finite (NaN or infinity)")
+        raise CannotPrune(
+            f"{where} returned {bad} of {group.channels} scores that are not finite (NaN or infinity)\n"
+            "  do: look whether its weights are so large that sums of their squares overflow, or mend the criterion"
+        )
     return scores
 
 

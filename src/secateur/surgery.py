@@ -1,8 +1,9 @@
 """``apply``: a plan carried out for good, and proved.
 
 Three ways are tried, each checked before it is accepted: slice the tensors inside the user's own modules; also set the
-integer attributes that the forward computes with (``expand_chs``, ``head_dim`` ...); return the captured graph with its
-constants recomputed. The check (``proofs``) runs the candidate against the masked dense network in float64.
+integer attributes that the forward computes with (``expand_chs``, ``head_dim`` ...), or have modules scatter and gather
+(``wiring``); return the captured graph with its constants recomputed. The check (``proofs``) runs the candidate against
+the masked dense network in float64. Constants that the plan folds (``folding``) need the user's own modules.
 """
 
 from __future__ import annotations
@@ -17,15 +18,18 @@ from torch import nn
 from secateur import graph_network
 from secateur.attributes import add_biases_, attribute_edits, bare_norm_edits, set_attributes
 from secateur.core import Edit
-from secateur.errors import LawBroken, SecateurWarning
+from secateur.errors import CannotPrune, LawBroken, SecateurWarning
+from secateur.folding import check_constant, fold, shifted
 from secateur.graph import Graph, unwrap, with_free_batch, with_train_pass
 from secateur.groups import Coupling, freed, same_groups
 from secateur.interpreter import run_masked
-from secateur.masks import coupling_for
+from secateur.masks import coupling_for, meaning_of
+from secateur.plan_checks import WIRINGS
 from secateur.plans import Plan, check_model, compose
 from secateur.proofs import Proof, casts, difference, prove
 from secateur.rewrites import Rewritten, rewrite
 from secateur.slicing import RECORD, State, keep_attention_scale_, like, named, sliced, small_tensor
+from secateur.wiring import CONSTANTS, fill_, find_wiring, rewire_, scatter_edit
 
 Tier = Literal["module", "attributes", "graph"]
 
@@ -68,7 +72,8 @@ def apply(model: nn.Module | Graph, plan: Plan, *, check: bool = True) -> nn.Mod
 
     Raises ``WrongModel`` if the plan belongs to another network, ``LawBroken`` if no way gives the masked network's
     outputs (to 1e-9 relative, 1e-5 where the network itself casts to float32), ``CannotPrune`` if nothing can be proved
-    because they are NaN or constant. Warns (``SecateurWarning``) where the graph loses hooks or a train-mode path.
+    because they are NaN or constant, and where constants cannot be folded. Warns (``SecateurWarning``) where the graph
+    loses hooks or a train-mode path.
     """
     coupling = coupling_for(model, plan)
     dense = coupling.graph.model
@@ -79,6 +84,11 @@ def apply(model: nn.Module | Graph, plan: Plan, *, check: bool = True) -> nn.Mod
     full, tier = replace(plan, edits=way.edits, graph=None), way.tier
     before = record(dense)
     if before is not None:
+        if tier == "graph" and any(edit.kind in WIRINGS for edit in before.plan.edits):
+            raise CannotPrune(
+                "this cut needs the captured graph, which has no place for what an earlier cut rewired "
+                f"(residual='scatter' or constants='fold')\n  do: {_FROM_THE_START}"
+            )
         full = compose(before.plan, full)
         tier = "graph" if "graph" in (tier, before.tier) else tier
     small.__dict__[RECORD] = Applied(full, tier, gap, gap is not None and gap > 1e-9 and casts(coupling))
@@ -99,6 +109,7 @@ def rebuild(model: nn.Module, plan: Plan) -> nn.Module:
         small = sliced(dense, plan.kept(), named(dense))
         set_attributes(small, plan.edits)
         add_biases_(small, plan.edits)
+        rewire_(small, plan.edits)
         tier = "attributes" if _structural(plan.edits) else "module"
     small.__dict__[RECORD] = Applied(replace(plan, graph=None), tier, None)
     return small
@@ -106,16 +117,16 @@ def rebuild(model: nn.Module, plan: Plan) -> nn.Module:
 
 def _choose(coupling: Coupling, plan: Plan, check: bool) -> tuple[Way, float | None]:
     """The first way that passes the check, and by how much it differs."""
-    keep = coupling.class_keep(plan.keep)
+    keep, meaning = coupling.class_keep(plan.keep), meaning_of(coupling, plan)
     rewritten = _rewritten(coupling, keep)
-    changed = rewritten is None or any(r.changed for r in rewritten) or bool(_structural(plan.edits))
+    changed = rewritten is None or any(r.changed for r in rewritten) or bool(_structural(plan.edits) or meaning.zeros)
     bare = (*bare_norm_edits(coupling, keep), *(edit for edit in plan.edits if edit.kind == "bias"))
     if not check and not changed:
         return Way("module", bare, coupling), None
-    proof = prove(coupling, keep)
+    proof = prove(coupling, meaning)
     if proof.coarse:
         loose = freed(coupling)
-        proof = prove(loose, loose.class_keep(plan.keep), copies=32) if loose.graph.captures[0].free else proof
+        proof = prove(loose, meaning_of(loose, plan), copies=32) if loose.graph.captures[0].free else proof
     tried: list[str] = []
     for way in _ways(coupling, plan, rewritten, bare):
         if proof.coarse and changed and way.tier != "graph":
@@ -125,11 +136,11 @@ def _choose(coupling: Coupling, plan: Plan, check: bool) -> tuple[Way, float | N
             if way.tier == "graph":
                 way = _graph_way(coupling, plan)
                 copies = 32 if proof.coarse and way.coupling.graph.captures[0].free else 1
-                proof = prove(way.coupling, way.coupling.class_keep(plan.keep), copies=copies)
+                proof = prove(way.coupling, meaning_of(way.coupling, plan), copies=copies)
                 _check_capture(proof, coupling.graph.model)
             gap = difference(proof, build(way, plan, coupling.graph.model, proof.state))
             if changed and way.tier != "graph" and gap <= proof.tolerance:
-                again = prove(coupling, keep, anew=True)
+                again = prove(coupling, meaning, anew=True)
                 gap = max(gap, difference(again, build(way, plan, coupling.graph.model, again.state)))
         except Exception as error:  # a forward that no longer fits: the next way may
             first = str(error).splitlines()[0] if str(error) else ""
@@ -139,6 +150,11 @@ def _choose(coupling: Coupling, plan: Plan, check: bool) -> tuple[Way, float | N
             return way, gap
         tried.append(f"{way.tier}: outputs differ by {gap:.1e} (relative)")
     ways = "\n  ".join(tried)
+    if meaning.zeros and (rewritten is None or any(r.changed for r in rewritten)):
+        raise CannotPrune(
+            f"constants='fold' needs the network's own modules, and these cannot be cut as they are:\n  {ways}\n"
+            "  do: constants='drop', which falls back on the captured graph, or prefer='module', or exclude such groups"
+        )
     raise LawBroken(
         f"no way of removing the channels gives the masked network's outputs:\n  {ways}\n"
         "  do: exclude the groups around the operation named above, and please report the network"
@@ -158,13 +174,58 @@ def _ways(coupling: Coupling, plan: Plan, rewritten: list[Rewritten] | None, bar
     if any(edit.kind == "graph" for edit in plan.edits):
         return [graph]
     ways = [Way("attributes", plan.edits, coupling)] if _structural(plan.edits) else []
-    ways.append(Way("module", bare, coupling))
+    wired = _wired(coupling, plan)
+    own = (*(edit for edit in bare if edit.kind != "bias" or edit not in wired), *wired) if wired else bare
+    if wired is not None:
+        ways.append(Way("attributes" if _structural(wired) else "module", own, coupling))
     if rewritten is None:
         return ways
     edits = attribute_edits(coupling.graph.model, [note for r in rewritten for note in r.notes])
-    if edits:
-        ways.append(Way("attributes", (*bare, *edits), coupling))
-    return [*ways, graph] if not any(edit.kind == "bias" for edit in plan.edits) else ways
+    if edits and wired is not None:
+        ways.append(Way("attributes", (*own, *edits), coupling))
+    stays = any(edit.kind == "bias" for edit in plan.edits) or "fold" in plan.constants.values()
+    return ways if stays else [*ways, graph]
+
+
+def _wired(coupling: Coupling, plan: Plan) -> tuple[Edit, ...] | None:
+    """The edits that rewire modules, and hold constants; ``None`` where no module has a place for a scatter.
+
+    Raises ``CannotPrune`` where constants cannot be folded.
+    """
+    wiring = find_wiring(coupling, coupling.class_keep(plan.keep))
+    if wiring is None:
+        if meaning_of(coupling, plan).zeros:
+            raise CannotPrune(
+                "constants='fold' needs a module of the network's own in front of every sum that a narrow branch is "
+                "scattered into, and there is one without\n  do: constants='drop', or residual='inner'"
+            )
+        return None
+    spreads, gathers = wiring
+    folded = fold(coupling, plan, coupling.graph.tensors, spreads)
+    check_constant(coupling, plan, spreads, folded)
+    scatters = (scatter_edit(s, constants=f"{s.target}.{CONSTANTS}" in folded.values) for s in spreads)
+    edits = (*scatters, *gathers, *folded.edits)
+    _refuse_again(coupling.graph.model, edits)
+    return edits
+
+
+def _refuse_again(dense: nn.Module, edits: tuple[Edit, ...]) -> None:
+    """A module holds one table: raises ``CannotPrune`` where an earlier cut has given it that. Kernels add up."""
+    before = record(dense)
+    tables = ("scatter", "gather")
+    wired = {(e.kind, e.target) for e in before.plan.edits if e.kind in tables} if before is not None else set()
+    twice = [edit for edit in edits if (edit.kind, edit.target) in wired]
+    if twice:
+        raise CannotPrune(
+            f"{twice[0].target!r} was rewired by an earlier cut (residual='scatter' or constants='fold'), and cannot "
+            f"be once more\n  do: {_FROM_THE_START}"
+        )
+
+
+_FROM_THE_START = (
+    "cut the dense network once, with the ratios of both cuts; or make the second cut with residual='inner' and "
+    "constants='drop'"
+)
 
 
 def _structural(edits: tuple[Edit, ...]) -> tuple[Edit, ...]:
@@ -177,7 +238,7 @@ def _graph_way(coupling: Coupling, plan: Plan) -> Way:
     edits = (Edit("graph", ""),)
     free = with_free_batch(coupling.graph)
     for graph in (with_train_pass(free), free):
-        found = same_groups(graph, plan.groups)
+        found = same_groups(graph, plan.groups, scatter=coupling.scatter)
         if found is not None:
             return Way("graph", edits, found)
     return Way("graph", edits, coupling)
@@ -197,10 +258,14 @@ def build(way: Way, plan: Plan, dense: nn.Module, state: State) -> nn.Module:
     """The smaller network by one of the ways, with the values in ``state`` (canonical name -> dense tensor)."""
     keep = way.coupling.class_keep(plan.keep)
     if way.tier != "graph":
-        small = sliced(dense, plan.kept(), state)
+        spreads = (find_wiring(way.coupling, keep) or ([], ()))[0]
+        folded = fold(way.coupling, plan, state, spreads)
+        small = sliced(dense, plan.kept(), shifted(state, folded.shifts))
         keep_attention_scale_(small, way.coupling, keep)
         set_attributes(small, way.edits)
         add_biases_(small, way.edits)
+        rewire_(small, way.edits)
+        fill_(small, folded.values)
         return small
     kept, originals = plan.kept(), named(dense)
     used = {name for c in way.coupling.graph.captures for name in c.names.values()} | set(dense.state_dict())

@@ -13,8 +13,10 @@ from collections.abc import Iterable
 from secateur.core import Criterion
 from secateur.criteria.ablation import largest, random
 from secateur.criteria.activations import apoz, mean_l1, mean_l2, mean_mean, mean_std, var_l2
-from secateur.criteria.distances import fpgm, whc
+from secateur.criteria.distances import fpgm, fpgm_cosine, fpgm_l1, fpgm_with, whc
 from secateur.criteria.gradients import taylor
+from secateur.criteria.medians import geometric_median
+from secateur.criteria.mixtures import fpgm_mix, fpgm_mix_with
 from secateur.criteria.norms import l1, l2
 from secateur.criteria.outputs import (
     LOCATIONS,
@@ -25,6 +27,7 @@ from secateur.criteria.outputs import (
     thinet_sequential,
     thinet_with,
 )
+from secateur.criteria.pairs import similarity
 from secateur.criteria.scales import bn_scale
 from secateur.errors import BadRequest, nearest
 from secateur.views import FIELDS
@@ -33,9 +36,12 @@ __all__ = [
     "CRITERIA",
     "READS",
     "check_given",
+    "fpgm_mix_with",
+    "fpgm_with",
     "locations",
     "needs_data",
     "needs_loss",
+    "needs_width",
     "reads",
     "resolve",
     "thinet_with",
@@ -56,6 +62,11 @@ CRITERIA: dict[str, Criterion] = {
     "taylor": taylor,
     "whc": whc,
     "fpgm": fpgm,
+    "fpgm_l1": fpgm_l1,
+    "fpgm_cosine": fpgm_cosine,
+    "fpgm_mix": fpgm_mix,
+    "geometric_median": geometric_median,
+    "similarity": similarity,
     "thinet": thinet,
     "thinet_omp": thinet_omp,
     "thinet_sampled": thinet_sampled,
@@ -78,18 +89,26 @@ READS: dict[Criterion, tuple[str, ...]] = {
     taylor: ("products",),
     whc: ("filters",),
     fpgm: ("filters",),
+    fpgm_l1: ("filters",),
+    fpgm_cosine: ("filters",),
+    fpgm_mix: ("filters", "n_keep"),
+    geometric_median: ("filters",),
+    similarity: ("filters",),
     thinet: ("outputs",),
     thinet_omp: ("outputs",),
     thinet_sampled: ("samples",),
     thinet_sampled_omp: ("samples",),
     thinet_sequential: ("outputs",),
 }
-"""Which fields of the view a criterion of ours reads, so that the others need not be gathered or measured."""
+"""Which fields of the view a criterion of ours reads, so that the others need not be gathered or measured; and whether
+it depends on how many channels stay (``WIDTH``)."""
 
 WEIGHTS = FIELDS
 """The fields that are gathered from the network's tensors: what a function that does not say is shown."""
 EVIDENCE = ("maps", "activations", "products", "outputs", "samples")
 """The fields that calibration data are needed for; ``products`` needs a loss as well."""
+WIDTH = "n_keep"
+"""What a criterion reads whose scores depend on how many channels of the group stay."""
 
 
 def resolve(criterion: str | Criterion) -> Criterion:
@@ -118,11 +137,21 @@ def reads(criterion: str | Criterion) -> tuple[str, ...]:
     A user's own function says so in its attribute ``reads``, a tuple of these names; without one it is shown the
     weights. Raises ``BadRequest`` for an unknown criterion, and for an attribute that names anything else.
     """
+    return tuple(name for name in _stated(criterion) if name != WIDTH)
+
+
+def needs_width(criterion: str | Criterion) -> bool:
+    """Whether the scores depend on how many channels of a group stay (``view.n_keep``), so that they are taken anew
+    once that is decided. A user's own function says so with ``"n_keep"`` in its attribute ``reads``."""
+    return WIDTH in _stated(criterion)
+
+
+def _stated(criterion: str | Criterion) -> tuple[str, ...]:
     function = resolve(criterion)
     if is_ours(function):
         return READS[function]
     stated: object = getattr(function, "reads", WEIGHTS)
-    known = (*WEIGHTS, *EVIDENCE)
+    known = (*WEIGHTS, *EVIDENCE, WIDTH)
     if isinstance(stated, str) or not isinstance(stated, Iterable):
         stated = (stated,)
     names = tuple(stated)

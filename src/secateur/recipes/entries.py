@@ -11,7 +11,8 @@ from secateur.errors import BadRequest
 
 @dataclass(frozen=True)
 class Network:
-    """A pruned network of a paper. ``model``: the dense one, of the zoo. ``ratios``: ``{group or glob: ratio}``.
+    """A pruned network of a paper. ``model``: the dense one, of the zoo. ``ratios``: ``{group or glob: ratio}``, or the
+    width that is left as an integer.
 
     ``skip``: layers that stay whole whatever ``ratios`` says, numbered as the paper does: the stem is 1, then
     convolution by convolution without the projections, so that block ``b`` of a ResNet (from 0, over all stages) begins
@@ -24,7 +25,7 @@ class Network:
     ratios: Mapping[str, float]
     skip: tuple[int, ...] = ()
     blocks: tuple[int, ...] = ()
-    residual: Literal["coupled", "inner", "projection"] = "inner"
+    residual: Literal["coupled", "inner", "projection", "scatter"] = "inner"
     train: Mapping[str, Any] = field(default_factory=dict)
     head: Literal["own", "pooled"] = "own"
 

@@ -10,6 +10,8 @@ from secateur.criteria import CRITERIA
 from secateur.errors import BadRequest, nearest
 from secateur.recipes.schema import (
     RANDOM,
+    Iterative,
+    LayerByLayer,
     OneShot,
     Progressive,
     Prune,
@@ -38,6 +40,13 @@ def faults(recipe: Recipe) -> Iterator[tuple[Where, str]]:
         yield ("compensate",), "there is nothing to make up for: the recipe has no prune section"
     elif recipe.scratch != "none" and not is_folder(recipe.model.name):
         yield ("scratch",), "there is no pruned architecture to train from scratch: the recipe has no prune section"
+    making_up = recipe.compensate is not None and recipe.compensate.readers != "none"
+    if recipe.prune is not None and making_up and _folds(recipe.prune):
+        yield (
+            ("compensate", "readers"),
+            "constants that are folded into the readers leave nothing to make up for: write none, or drop them in "
+            "prune.constants",
+        )
     if recipe.distil is not None and recipe.finetune is None:
         yield ("distil",), "distillation happens while fine-tuning: add a finetune section"
     if recipe.distil is not None and recipe.distil.teacher is None and is_folder(recipe.model.name):
@@ -119,6 +128,28 @@ def _faults_of_pruning(prune: Prune) -> Iterator[tuple[Where, str]]:
             f"the best epoch is mostly one from before the {undone} was there in full, and its weights would undo the "
             f"{undone}: write keep: last",
         )
+    if isinstance(schedule, (Iterative, LayerByLayer)):
+        yield from _faults_of_several_cuts(prune)
+
+
+def _folds(prune: Prune) -> bool:
+    """Whether any constants are folded."""
+    constants = prune.constants
+    return "fold" in ([constants] if isinstance(constants, str) else constants.values())
+
+
+def _faults_of_several_cuts(prune: Prune) -> Iterator[tuple[Where, str]]:
+    """What only one cut can do: modules that it has rewired are not cut once more."""
+    if _folds(prune):
+        yield (
+            ("prune", "constants"),
+            "what one cut folds into a layer is in the way of the cut of that layer: drop constants, or cut once",
+        )
+    if prune.residual == "scatter" and isinstance(prune.schedule, Iterative):
+        yield (
+            ("prune", "residual"),
+            "the end of a branch that one cut has rewired is not cut once more: take inner, or cut once",
+        )
 
 
 def _faults_of_sensitivity(prune: Prune, asked: Sensitivity, data: DataSettings) -> Iterator[tuple[Where, str]]:
@@ -137,6 +168,11 @@ def _faults_of_sensitivity(prune: Prune, asked: Sensitivity, data: DataSettings)
         )
     if prune.ratios is not None and prune.budget is None and asked.tolerance is None:
         yield place, "the ratios say all that goes, and nothing is left to find: add a budget, or a tolerance"
+    if prune.residual == "scatter":
+        yield (
+            ("prune", "residual"),
+            "what a branch bears that is pruned on its own is not tried out: take another rule, or give ratios",
+        )
     if prune.allocation == "uniform":
         yield ("prune", "allocation"), "what is found by trying differs from group to group: leave uniform out"
     if prune.prefer == "module":

@@ -8,6 +8,7 @@
     phases/             what one phase hands to the next, and checkpoints inside of one
     dense.safetensors   the dense network's weights
     sensitivity.json    what each group's pruning alone costs, where the recipe asks
+    zeroed.json         which filters were zero after every choice, where they are chosen while the network trains
     plan.json           what was pruned
     pruned/             the network that the run ends with, as ``secateur.load`` opens it
     model.onnx, results.json, report.html

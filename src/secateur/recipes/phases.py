@@ -27,12 +27,14 @@ from secateur.recipes.networks import (
     unlearned_network,
 )
 from secateur.recipes.pruning import beside, last_of, pruning_phases
-from secateur.recipes.schema import Recipe, trainings
+from secateur.recipes.schema import RANDOM, Recipe, trainings
 from secateur.recipes.stages import facts_of, keep_stage, open_stage, stage_path, train_
 from secateur.recover.distillation import distil
 from secateur.recover.objectives import Objective
 from secateur.recover.settings import Training
 
+APPROACHED = {"zero": "zeroed", "shrink": "shrunk"}
+"""What the dense network is called that a schedule has trained towards its cut, by phase."""
 HEAD_BATCHES = 64
 """Of calibration images, to fit a pooled head on."""
 
@@ -44,14 +46,17 @@ def phases_of(job: Job) -> Iterator[Phase]:
     titles = {"given": "opening", "dense": "opening dense"}
     yield Phase(first, "training dense" if recipe.train else titles[first], partial(_first, name=first))
     rivals: list[tuple[str, str]] = []
-    networks = [("as given" if first == "given" else "dense", first)]
+    untrained = recipe.model.weights == RANDOM and recipe.train is None
+    networks = [("as given" if first == "given" else "untrained" if untrained else "dense", first)]
+    pruned = first
     if recipe.prune is not None:
         yield from pruning_phases(job, recipe.prune, first)
-        networks += [("pruned", last_of(job, "prune"))]
+        pruned = last_of(job, "prune")
+        networks += [(APPROACHED[name], name) for name in APPROACHED if name in job.done]
+        networks += [("pruned", pruned)]
         networks += [("compensated", last_of(job, "compensate"))] if recipe.compensate is not None else []
         rivals = [(f"{criterion}, recalibrated", beside(criterion)) for criterion in recipe.prune.beside]
     before_training = len(networks)
-    pruned = networks[1][1] if recipe.prune is not None else first
     if recipe.finetune is not None:
         act = partial(_finetune, before=networks[-1][1], dense=first)
         yield Phase("finetune", "distilling" if recipe.distil else "fine-tuning", act)

@@ -32,11 +32,14 @@ from secateur.recipes.job import Facts, Job, Phase, Progress, evaluation, on_dev
 from secateur.recipes.networks import example_of
 from secateur.recipes.schema import Compensate, Iterative, LayerByLayer, Progressive, Prune, Sparse
 from secateur.recipes.stages import facts_of, keep_plan, keep_stage, note, open_plan, open_stage, train_
+from secateur.recipes.turnovers import keep_turnovers, turnover_facts
 from secateur.recover.compensation import compensate_
 from secateur.recover.settings import Training
+from secateur.report import Zeroed
 from secateur.schedules import (
     Options,
     Start,
+    Zeroing,
     growing_penalty,
     iterative_step,
     layer_step,
@@ -136,6 +139,7 @@ def pruning_options(job: Job) -> Options:
         exclude=tuple(prune.exclude),
         allocation=prune.allocation,
         residual=prune.residual,
+        constants=prune.constants,
         greedy=prune.greedy,
         prefer=prune.prefer,
         seed=job.seed("prune"),
@@ -168,7 +172,7 @@ def _check_groups(graph: Graph, prune: Prune) -> None:
     schedule = prune.schedule
     if not isinstance(schedule, LayerByLayer):
         return
-    names = [group.name for group in couple(graph, prune.prefer).groups]
+    names = [group.name for group in couple(graph, prune.prefer, scatter=prune.residual == "scatter").groups]
     for key, globs in (("together", schedule.together), ("longer", schedule.longer)):
         for glob in globs:
             if not any(_fits(name, [glob]) for name in names):
@@ -256,8 +260,17 @@ def _approach(job: Job, progress: Progress, *, name: str, before: str) -> Facts:
     model, options = open_stage(job, before), pruning_options(job)
     place = job.device if "data" in options else torch.device("cpu")  # where the choice is made
     example = example_of(job.origin, model.to(place))
+    zeros: Zeroing | None = None
     if isinstance(schedule, Progressive):
-        zeros = zeroing(model, example, every=schedule.every, grow=schedule.grow, soft=schedule.soft, **options)
+        zeros = zeroing(
+            model,
+            example,
+            every=schedule.every,
+            grow=schedule.grow,
+            soft=schedule.soft,
+            exclude_zeroed=schedule.exclude_zeroed,
+            **options,
+        )
         if schedule.at_start:
             zeros.select_()
         hooks, finish = zeros.hooks, zeros.finish_
@@ -268,13 +281,16 @@ def _approach(job: Job, progress: Progress, *, name: str, before: str) -> Facts:
     facts = train_(job, name, model, schedule.training, progress, hooks=(hooks,))
     with on_device(model, place):
         decided = finish()
+    zeroed = None if zeros is None else Zeroed(zeros.channels, zeros.history)
 
     def act() -> None:
         keep_plan(job, name, decided)
         keep_stage(job, name, model)
+        if zeroed is not None:
+            keep_turnovers(job.folder, zeroed)
 
     on_main(act)
-    return facts
+    return facts if zeroed is None else facts | turnover_facts(zeroed)
 
 
 def _compensate(job: Job, progress: Progress, *, name: str, before: str, cut: str) -> Facts:

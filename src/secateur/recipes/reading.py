@@ -122,6 +122,7 @@ def _line(document: Document, where: Where) -> int | None:
 def _told(document: Document, error: ValidationError) -> list[tuple[Where, str]]:
     """pydantic's findings in our words, those of one place joined."""
     expected: dict[Where, list[str]] = {}
+    chosen: dict[Where, str] = {}
     found: list[tuple[Where, str]] = []
     for fault in error.errors(include_url=False):
         where, value = _place(document.value, fault["loc"])
@@ -133,7 +134,7 @@ def _told(document: Document, error: ValidationError) -> list[tuple[Where, str]]
         elif kind in ("missing", "missing_argument"):
             found.append((where, f"the key {str(fault['loc'][-1])!r} is missing"))
         elif kind in ("literal_error", "union_tag_invalid", "union_tag_not_found"):
-            found.append((where, _choice(fault, value)))
+            chosen[where] = _choice(fault, value)
         elif kind.removesuffix("_type") in _EXPECTED:
             expected.setdefault(where, []).append(_EXPECTED[kind.removesuffix("_type")])
         else:
@@ -141,10 +142,13 @@ def _told(document: Document, error: ValidationError) -> list[tuple[Where, str]]
             found.append((where, f"{text[:1].lower()}{text[1:]}, not {_shown(value)}"))
     for where, kinds in expected.items():
         wanted = " or ".join(dict.fromkeys(kinds))
-        found.append((where, f"should be {wanted}, not {_shown(_at(document.value, where))}"))
+        if where not in chosen:
+            chosen[where] = f"should be {wanted}, not {_shown(_at(document.value, where))}"
+        elif "did you mean" not in chosen[where]:
+            chosen[where] += f", nor {wanted}"
     # of a value that may be one of several, what lies deeper says it better
-    deeper = {where[:length] for where, _ in found for length in range(len(where))}
-    return [(where, text) for where, text in found if where not in deeper or not text.startswith("should be")]
+    deeper = {where[:length] for where, _ in (*found, *chosen.items()) for length in range(len(where))}
+    return [*found, *((where, text) for where, text in chosen.items() if where not in deeper)]
 
 
 def _choice(fault: Any, value: Any) -> str:

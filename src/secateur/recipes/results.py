@@ -24,6 +24,7 @@ from secateur.recipes.schema import Recipe, Sensitivity
 from secateur.recipes.stages import note, open_stage, stage_path
 from secateur.recipes.trials import PHASE as TRIALS
 from secateur.recipes.trials import open_curves
+from secateur.recipes.turnovers import open_turnovers
 from secateur.report import Curve, Report, Row, environment, filter_norms, first_filters, layer_rows, write_report
 from secateur.surgery import record
 
@@ -150,6 +151,7 @@ def page(job: Job, *, dense: str, final: str, name: str) -> Report:
         curves=curves_of(job),
         sensitivity=open_curves(job.folder),
         filters=first_filters(models[0]),
+        zeroed=open_turnovers(job.folder),
         law=_law(job),
         facts=_facts(job),
         environment=environment(),
@@ -190,11 +192,15 @@ def _facts(job: Job) -> dict[str, str]:
     if recipe.prune is not None:
         facts["criterion"] = recipe.prune.criterion
         facts["schedule"] = recipe.prune.schedule.kind
+        facts["residual sums"] = recipe.prune.residual
+        facts["constants of zeroed filters"] = _how_constants(recipe.prune.constants)
         if recipe.prune.sensitivity is not None:
             facts["widths"] = _how_widths_followed(recipe.prune.sensitivity, job.done)
     for name, done in job.done.items():
         if "kept" in done:
             facts[f"{name}, channels"] = f"{done['kept']} of {done['channels']} kept"
+        if "choices" in done:
+            facts[f"{name}, zeroed filters"] = _how_choices_went(done)
         if "epochs" in done:
             facts[f"{name}, trained"] = f"{done['epochs']} epoch{'s' * (done['epochs'] != 1)}"
         for step in done.get("steps", ()):
@@ -205,6 +211,21 @@ def _facts(job: Job) -> dict[str, str]:
     if job.folder.smoke:
         facts["smoke run"] = "cut short: its figures mean nothing"
     return facts
+
+
+def _how_choices_went(done: Facts) -> str:
+    """How often the zeroed filters were chosen, and whether they stayed the same, for people."""
+    changes = sum(bool(came or went) for came, went in zip(done["entered"], done["left"], strict=True))
+    times = f"chosen {done['choices']} time{'s' * (done['choices'] != 1)}"
+    return f"{times}, and others than before {changes} time{'s' * (changes != 1)}" if done["entered"] else times
+
+
+def _how_constants(asked: str | Mapping[str, str]) -> str:
+    """What becomes of constants, for people."""
+    told = {"drop": "dropped", "fold": "folded into what reads them"}
+    if isinstance(asked, str):
+        return told[asked]
+    return ", ".join(f"{glob}: {told[what]}" for glob, what in asked.items())
 
 
 def _how_widths_followed(asked: Sensitivity, done: Mapping[str, Facts]) -> str:

@@ -90,6 +90,8 @@ class Progressive(Section):
     """Epochs over which what is zeroed grows to the whole of it; 0: it is the whole at once."""
     at_start: bool = False
     """Choose before the first epoch, too."""
+    exclude_zeroed: bool = False
+    """Compare only filters that are not zero with each other: many zeros draw the median to themselves."""
     training: Training
 
 
@@ -140,9 +142,13 @@ class Prune(Section):
     """Names or globs of groups that stay whole."""
     allocation: Literal["global", "uniform"] = "global"
     """How a budget is shared: by score per cost over the whole network, or the same fraction everywhere."""
-    residual: Literal["coupled", "inner", "projection"] = "coupled"
+    residual: Literal["coupled", "inner", "projection", "scatter"] = "coupled"
     """What meets in a residual sum: pruned together by all that writes it; or whole, so that only the inside of blocks
-    is pruned; or by the norms of the shortcut's projection (ResNet-34-C of Li et al.), whole where there is none."""
+    is pruned; or by the norms of the shortcut's projection (ResNet-34-C of Li et al.), whole where there is none; or
+    each on its own, its narrow output added into a stream of full width (FPGM)."""
+    constants: Literal["drop", "fold"] | dict[str, Literal["drop", "fold"]] = "drop"
+    """What a zeroed filter leaves behind its batch norm: given up with the channel, or folded into what reads it; for
+    all groups, or by glob over their names."""
     greedy: bool = False
     """Rank a layer's filters without the inputs that pruning the layers before has removed already."""
     sensitivity: Sensitivity | None = None

@@ -46,6 +46,7 @@ def measure(job: Job, progress: Progress, *, before: str) -> Facts:
     assert prune is not None
     asked = prune.sensitivity
     assert asked is not None
+    assert prune.residual != "scatter"  # that is a fault of the recipe
     with on_device(open_stage(job, before), job.device) as model:
         graph = trace(model, example_of(job.origin, model))
         criterion = asked.criterion or prune.criterion

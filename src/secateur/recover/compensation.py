@@ -69,12 +69,16 @@ def compensate_(
     ``evaluate(small)`` is called before and after every step, in eval mode. Works on the device of ``model``; call it
     right after ``apply``, before any training.
 
+    A plan that folds constants has given the readers what they lost already: then ``readers`` must be ``"none"``.
+
     Raises ``WrongModel`` if ``small`` is not what ``apply`` makes of ``model`` by ``plan``, ``BadRequest`` if it was
     changed since, for unknown settings, and for data that are empty, can be read only once, do not fit the network or
     give activations that are not finite. ``small`` is then as it was.
     """
     fit = fit or Fit()
     _check_request(readers, fit, data)
+    if readers != "none":
+        _check_constants(plan)
     small = unwrap(small)
     coupling = freed(coupling_for(model, plan))
     factors = _check_small(small, coupling, plan)
@@ -117,6 +121,21 @@ def _check_request(readers: str, fit: Fit, data: Iterable[Any]) -> None:
     check_repeatable(data, "compensation")
 
 
+def _folded(plan: Plan) -> list[str]:
+    """The groups of which channels go whose constants stay."""
+    folded = [group for group in plan.groups if plan.constants.get(group.name) == "fold"]
+    return [group.name for group in folded if len(plan.keep[group.name]) < group.channels]
+
+
+def _check_constants(plan: Plan) -> None:
+    names = _folded(plan)
+    if names:
+        raise BadRequest(
+            f"the constants that the removed channels of {names[0]!r} left are folded into what reads them: there is "
+            "nothing to make up for\n  do: readers='none', or plan with constants='drop' and compensate"
+        )
+
+
 def _check_small(small: nn.Module, coupling: Coupling, plan: Plan) -> Mapping[str, torch.Tensor]:
     """The factors of the rows of ``small`` that write queries; raises unless it is what ``apply`` made, unchanged."""
     if record(small) is None:
@@ -126,6 +145,8 @@ def _check_small(small: nn.Module, coupling: Coupling, plan: Plan) -> Mapping[st
     found, dense, kept = named(small), coupling.graph.tensors, plan.kept()
     shapes = {name: tuple(t.shape) for name, t in found.items()}
     check_pruned(plan, shapes, who=("the pruned network of the plan", "small"))
+    if _folded(plan):  # what constants went into differs from the dense network, and no readers are fitted
+        return {}
     factors = attention_factors(coupling, coupling.class_keep(plan.keep))
     rescaled: set[str] = set()
     for name in sorted(coupling.graph.used & found.keys()):

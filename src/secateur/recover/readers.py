@@ -17,10 +17,10 @@ from torch import fx
 
 from secateur.consumers import affine, caller
 from secateur.groups import Coupling
+from secateur.homes import Home, home_of
 from secateur.nodes import op_name, shape_of
 from secateur.patches import Layout, layout_of, matrix
 from secateur.plans import Plan
-from secateur.recover.bias import Home, home_of
 
 Mask = torch.Tensor | None
 _TURNS = frozenset("t numpy_T transpose permute".split())

@@ -26,10 +26,10 @@ from torch import fx
 from secateur.errors import BadRequest
 from secateur.grams import Sums
 from secateur.groups import Coupling
+from secateur.homes import give_constant_
 from secateur.interpreter import Env, Walk, cut, walk
 from secateur.patches import Layout, matrix, outputs, patches, weight_from
 from secateur.processes import sum_over_processes_
-from secateur.recover.bias import give_constant_
 from secateur.recover.equations import least_change
 from secateur.recover.readers import Reader, Use
 from secateur.recover.rescaling import add_outputs_, channels_of, empty_sums, rescale_, sum_bytes

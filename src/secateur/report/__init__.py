@@ -1,10 +1,11 @@
 """Telling what was done: one HTML file with tables and plots that opens anywhere, and needs nothing beside it."""
 
 from secateur.report.canvas import standalone
-from secateur.report.content import Curve, Filters, LayerRow, Report, Row, environment, filter_norms, layer_rows
+from secateur.report.content import Curve, Filters, LayerRow, Report, Row, Zeroed, environment, filter_norms, layer_rows
 from secateur.report.filters import first_filters
 from secateur.report.page import render, write_report
 from secateur.report.sensitivities import importance_figure, sensitivity_figure
+from secateur.report.turnovers import turnover_figure
 
 __all__ = [
     "Curve",
@@ -12,6 +13,7 @@ __all__ = [
     "LayerRow",
     "Report",
     "Row",
+    "Zeroed",
     "environment",
     "filter_norms",
     "first_filters",
@@ -20,5 +22,6 @@ __all__ = [
     "render",
     "sensitivity_figure",
     "standalone",
+    "turnover_figure",
     "write_report",
 ]

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from secateur.core import Turnover
 from secateur.operations import Layer
 from secateur.sensitivities import Sensitivity
 
@@ -65,14 +66,23 @@ class Filters:
 
 
 @dataclass(frozen=True)
+class Zeroed:
+    """Which filters were zero while a network trained: what every choice of them changed about the one before it, and
+    how many ``channels`` each group has."""
+
+    channels: Mapping[str, int]
+    history: Sequence[Turnover]
+
+
+@dataclass(frozen=True)
 class Report:
     """All that one page tells. The first of ``rows`` is the dense network; the row named ``final`` (the last, if none
     is named) is the one it was all for, and is compared with it.
 
     ``norms``: layer -> norms of its filters, sorted from the largest and divided by it (Li et al. 2017, figure 2a).
     ``curves``: every training of the run, in its order. ``sensitivity``: how the dense network does when one group
-    alone is pruned (figure 2b). ``filters``: those of its first layer (figure 5). ``law``, ``facts`` and
-    ``environment`` are shown as they are, name beside value.
+    alone is pruned (figure 2b). ``filters``: those of its first layer (figure 5). ``zeroed``: which filters were zero
+    while it trained. ``law``, ``facts`` and ``environment`` are shown as they are, name beside value.
     """
 
     title: str
@@ -83,6 +93,7 @@ class Report:
     curves: Sequence[Curve] = ()
     sensitivity: Sensitivity | None = None
     filters: Filters | None = None
+    zeroed: Zeroed | None = None
     law: Mapping[str, str] = field(default_factory=dict)
     facts: Mapping[str, str] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)

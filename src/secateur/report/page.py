@@ -13,6 +13,7 @@ from secateur.report.content import Report, Row
 from secateur.report.figures import accuracy_figure, curves_figure, norms_figure, widths_figure
 from secateur.report.filters import filters_list
 from secateur.report.sensitivities import as_percent, importance_figure, score_text, sensitivity_figure
+from secateur.report.turnovers import listed, summary, tallies, turnover_figure
 from secateur.sensitivities import GroupCurve, Sensitivity
 
 
@@ -48,7 +49,7 @@ def render(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    engine.filters |= {"count": short_count, "bytes": short_bytes, "stage": stage_text}
+    engine.filters |= {"count": short_count, "bytes": short_bytes, "stage": stage_text, "listed": listed}
     found = report.sensitivity
     percent = found is not None and as_percent(found)
     page = engine.get_template("page.html.j2")
@@ -59,6 +60,7 @@ def render(report: Report) -> str:
         cards=cards(report.rows[0], final),
         figures=list(_figures(report)),
         heat=[] if found is None else heat_rows(found),
+        tallies=[] if report.zeroed is None else tallies(report.zeroed),
         percent=percent,
         dense_score="" if found is None else score_text(found.dense, percent=percent),
         total_macs=sum(row.macs[0] for row in report.layers),
@@ -84,6 +86,8 @@ def _figures(report: Report) -> Iterator[tuple[str, str, str]]:
         )
         stages = {row.name: row.map_size for row in report.layers}
         yield "Norms of the filters", text, norms_figure(report.norms, stages)
+    if report.zeroed is not None and len(report.zeroed.history) > 1 and tallies(report.zeroed):
+        yield "Zeroed filters from choice to choice", summary(report.zeroed), turnover_figure(report.zeroed)
     found = report.sensitivity
     if found is not None and not (found.criterion == "l1" and report.norms):
         text = f"Each group's scores under the criterion {found.criterion}, from the largest, over the largest."

@@ -1,9 +1,11 @@
 """Schedules: when to cut, and what to do to the weights before, around a training loop that may be yours or ours.
 
 ``iterative`` and ``layer_by_layer`` cut and train by turns (their single steps are functions too); ``zeroing`` and
-``growing_penalty`` are bundles of hooks for the loop that trains, with a plan at the end.
+``growing_penalty`` are bundles of hooks for the loop that trains, with a plan at the end; a ``Turnover`` is an entry of
+the history that zeroing keeps.
 """
 
+from secateur.core import Turnover
 from secateur.schedules.options import Options, Start
 from secateur.schedules.penalties import GrowingPenalty, Growth, growing_penalty
 from secateur.schedules.places import zero_
@@ -18,6 +20,7 @@ __all__ = [
     "Growth",
     "Options",
     "Start",
+    "Turnover",
     "Zeroing",
     "growing_penalty",
     "iterative",

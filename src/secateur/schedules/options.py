@@ -19,9 +19,9 @@ from secateur.calibration import Loss
 from secateur.core import Budget, Criterion, Group
 from secateur.costs import evaluate
 from secateur.graph import Graph
-from secateur.groups import Prefer, couple
+from secateur.groups import Coupling, Prefer, couple
 from secateur.operations import costs_of
-from secateur.pipeline import Residual
+from secateur.pipeline import Constants, Residual, folded_groups
 from secateur.residuals import kept_whole
 from secateur.sensitivities import Sensitivity
 from secateur.surgery import record
@@ -38,6 +38,7 @@ class Options(TypedDict, total=False):
     data: Iterable[Any] | None
     loss: Loss | None
     residual: Residual
+    constants: Constants
     greedy: bool
     sensitivity: Sensitivity | None
     prefer: Prefer
@@ -49,8 +50,8 @@ class Options(TypedDict, total=False):
 SPAN = 2**32
 """More than a group can have channels: group and channel as one number."""
 
-SCORING = ("criterion", "data", "loss", "residual", "greedy", "prefer", "seed")
-"""The options that say which channels go; the others say how many."""
+SCORING = ("criterion", "data", "loss", "residual", "constants", "greedy", "prefer", "seed")
+"""The options that say which channels go, and what becomes of what they leave; the others say how many."""
 
 
 Origin = Mapping[str, Mapping[int, np.ndarray]]
@@ -74,7 +75,7 @@ class Start:
 
 def start_of(graph: Graph, options: Options) -> Start:
     """The start, as read off a captured network."""
-    coupling = couple(graph, options.get("prefer", "channels"))
+    coupling = coupled(graph, options)
     dense = np.array([group.channels for group in coupling.groups], dtype=np.int64)
     cost = {of: evaluate(costs_of(coupling, of), dense) for of in ("macs", "params")}
     cost["channels"] = float(sum(group.channels * group.partitions for group in coupling.groups))
@@ -83,7 +84,13 @@ def start_of(graph: Graph, options: Options) -> Start:
 
 def whole_groups(graph: Graph, options: Options) -> dict[str, str]:
     """``{group: why}`` of the free groups that the residual rule among the options leaves whole."""
-    return kept_whole(couple(graph, options.get("prefer", "channels")), options.get("residual", "coupled"))
+    return kept_whole(coupled(graph, options), options.get("residual", "coupled"))
+
+
+def coupled(graph: Graph, options: Options) -> Coupling:
+    """The groups of the network, as the options have them coupled."""
+    scatter = options.get("residual", "coupled") == "scatter"
+    return couple(graph, options.get("prefer", "channels"), scatter=scatter)
 
 
 def successors(start: Start, graph: Graph, options: Options) -> dict[str, Group]:
@@ -104,7 +111,7 @@ def successors(start: Start, graph: Graph, options: Options) -> dict[str, Group]
             owner[place][part.positions] = number * SPAN + np.arange(group.channels)[:, None]
     now = _origin(graph)
     found: dict[str, list[tuple[Group, bool]]] = {}
-    for group in couple(graph, options.get("prefer", "channels")).groups:
+    for group in coupled(graph, options).groups:
         known_places = [s for s in group.slices if (s.tensor, s.axis) in owner]
         if known_places:
             part = known_places[0]
@@ -147,7 +154,14 @@ def partway(start: Start, options: Options, fraction: float, found: Mapping[str,
         result["ratios"] = widths_of(_widths(start, options, ratios, fraction), found)
     excluded = excluded_groups(start.groups, exclude, start.locked)
     result["exclude"] = [group.name for name, group in found.items() if name in excluded]
+    if "constants" in options:
+        result["constants"] = constants_of(start, options["constants"], found)
     return result
+
+
+def constants_of(start: Start, constants: Constants, found: Mapping[str, Group]) -> Constants:
+    """``constants``, said of the start's groups, by the names that the groups found have now."""
+    return {found[name].name: asked for name, asked in folded_groups(start.groups, constants).items() if name in found}
 
 
 def widths_of(widths: Mapping[str, int], found: Mapping[str, Group]) -> dict[str, float]:

@@ -18,6 +18,7 @@ from secateur.capture import in_mode
 from secateur.core import Group, Slice
 from secateur.errors import BadRequest, CannotPrune
 from secateur.graph import Graph, unwrap
+from secateur.masks import coupling_for, meaning_of
 from secateur.nests import flatten, unflatten
 from secateur.plans import Plan, named_tensors
 
@@ -49,6 +50,19 @@ def filters(group: Group, parameters: Tensors) -> list[Slice]:
     """The slices that write channels through two axes or more; where there are none, ``makers``."""
     found = makers(group, parameters, ("writes",))
     return [s for s in found if parameters[s.tensor].dim() >= 2] or makers(group, parameters)
+
+
+def zeroed(plan: Plan, parameters: Tensors, *, soft: bool = False) -> dict[str, list[Slice]]:
+    """The slices of every group that are set to zero for the channels that ``plan`` removes: all that makes them; the
+    filters alone where ``soft``, and nothing but filters where the plan folds the constants that these leave."""
+
+    def chosen(group: Group) -> list[Slice]:
+        if plan.constants.get(group.name) == "fold":
+            own = [s for s in group.slices if s.tensor in parameters]
+            return [s for s in own if s.role == "writes" and parameters[s.tensor].dim() >= 2]
+        return filters(group, parameters) if soft else makers(group, parameters)
+
+    return {group.name: chosen(group) for group in plan.groups}
 
 
 def removed(plan: Plan) -> dict[str, np.ndarray]:
@@ -133,19 +147,20 @@ class Index:
 
 def zero_(model: nn.Module, plan: Plan) -> None:
     """Set everything in ``model`` that makes a channel which ``plan`` removes to zero: filters, norm weights, layer
-    scales, biases. Running statistics stay.
+    scales, biases; of groups whose constants the plan folds, the filters alone. Running statistics stay.
 
-    Where an activation is 0 at 0 and no norm takes statistics over channels, the network then computes just what
-    ``apply(model, plan)`` does: see ``zeroing``.
+    Where constants are folded, and where an activation is 0 at 0 and no norm takes statistics over channels, the
+    network then computes just what ``apply(model, plan)`` does: see ``zeroing``.
 
-    Raises ``CannotPrune`` where that would make the outputs NaN and no part of it would not.
+    Raises ``CannotPrune`` where that would make the outputs NaN and no part of it would not, and for constants that
+    cannot be folded.
     """
     if plan.graph is None or plan.graph.model is not unwrap(model):
         raise BadRequest("the plan was not made on this very network\n  do: plan again on it, with sc.plan(model, ...)")
-    found = parameters_of(model)
-    spared = harmful(plan.graph, plan)
-    slices = {g.name: [s for s in makers(g, found) if s.tensor not in spared] for g in plan.groups}
-    Index(positions(slices, removed(plan))).zero_(found)
+    meaning_of(coupling_for(plan.graph, plan), plan)
+    spared, everything = harmful(plan.graph, plan), parameters_of(model)
+    found = {name: tensor for name, tensor in everything.items() if name not in spared}
+    Index(positions(zeroed(plan, found), removed(plan))).zero_(found)
 
 
 def harmful(graph: Graph, plan: Plan) -> frozenset[str]:
@@ -155,8 +170,8 @@ def harmful(graph: Graph, plan: Plan) -> frozenset[str]:
     Raises ``CannotPrune`` if the outputs are NaN even so.
     """
     found = parameters_of(graph.model)
-    masks, groups = removed(plan), plan.groups
-    everything = positions({g.name: makers(g, found) for g in groups}, masks)
+    slices = zeroed(plan, found)
+    everything = positions(slices, removed(plan))
     before = _undefined(graph, found, {})
     if _undefined(graph, found, everything) <= before:
         return frozenset()
@@ -166,7 +181,8 @@ def harmful(graph: Graph, plan: Plan) -> frozenset[str]:
         if _undefined(graph, found, {p: at for p, at in everything.items() if p[0] == name}) > before
     }
     rest = {p: at for p, at in everything.items() if p[0] not in one_by_one}
-    if not rest or _undefined(graph, found, rest) > before:
+    needed = {part.tensor for name in plan.constants for part in slices[name]}  # the filters of folded constants
+    if not rest or needed & one_by_one or _undefined(graph, found, rest) > before:
         raise CannotPrune(
             "the network's outputs are NaN as soon as whole channels are zero, so that it cannot be pruned by zeroing\n"
             "  do: prune in one cut or in several (iterative), or exclude the groups that it divides by"

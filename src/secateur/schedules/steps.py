@@ -14,11 +14,20 @@ from torch import nn
 
 from secateur.errors import BadRequest, SecateurWarning
 from secateur.graph import Graph, Inputs, trace
-from secateur.groups import couple
-from secateur.pipeline import plan
+from secateur.pipeline import folded_groups, plan
 from secateur.pipeline import widths as widths_kept
 from secateur.plans import Plan
-from secateur.schedules.options import Options, Start, at_widths, partway, start_of, successors, widths_of
+from secateur.schedules.options import (
+    Options,
+    Start,
+    at_widths,
+    constants_of,
+    coupled,
+    partway,
+    start_of,
+    successors,
+    widths_of,
+)
 from secateur.selection import forward_order
 from secateur.surgery import apply
 
@@ -30,6 +39,7 @@ def starting_point(model: nn.Module | Graph, example_inputs: Inputs | None = Non
     """
     graph = trace(model, example_inputs)
     widths_kept(graph, **options)
+    folded_groups(coupled(graph, options).groups, options.get("constants", "drop"))
     return start_of(graph, options)
 
 
@@ -55,8 +65,8 @@ def iterative_step(
     found = successors(start, graph, options)
     asked = partway(start, options, (step + 1) / steps, found)
     known = {group.name for group in found.values()}
-    groups = couple(graph, options.get("prefer", "channels")).groups
-    asked["exclude"] = [*asked["exclude"], *(group.name for group in groups if group.name not in known)]
+    gone = [group.name for group in coupled(graph, options).groups if group.name not in known]
+    asked["exclude"] = [*asked["exclude"], *gone]
     cut = plan(graph, **asked)
     return cut, apply(graph, cut)
 
@@ -69,6 +79,11 @@ def _check_lasting(steps: int, options: Options) -> None:
             "  do: plan once with it, and give what comes out as widths: "
             "ratios={name: len(kept) for name, kept in plan.keep.items()}"
         )
+    if steps > 1 and options.get("residual") == "scatter":
+        raise BadRequest(
+            "residual='scatter' rewires the last module of each branch, which no later cut can make narrower again\n"
+            "  do: cut once; zero channels while training (zeroing) and cut then; or take residual='inner'"
+        )
 
 
 def layer_widths(
@@ -79,7 +94,7 @@ def layer_widths(
     say the widths themselves."""
     graph = trace(model, example_inputs)
     widths = widths_kept(graph, **options)
-    coupling = couple(graph, options.get("prefer", "channels"))
+    coupling = coupled(graph, options)
     dense = {group.name: group.channels for group in coupling.groups}
     return {name: widths[name] for name in forward_order(coupling) if widths[name] < dense[name]}
 
@@ -96,14 +111,19 @@ def layer_step(
     """Cut one group to ``width`` channels, scored on the network at hand: the plan and the smaller network.
 
     ``name``: what the group was called in the network at the start (``layer_widths``). Of ``options`` only those count
-    that say which channels go: criterion, data, loss, residual, greedy, prefer, seed. Warns (``SecateurWarning``) where
-    earlier cuts have left nothing of the group that can be cut on its own.
+    that say which channels go, and what becomes of what they leave: criterion, data, loss, residual, constants, greedy,
+    prefer, seed. Warns (``SecateurWarning``) where earlier cuts have left nothing of the group that can be cut on its
+    own.
     """
     graph = trace(model, example_inputs)
-    widths = widths_of({name: int(width)}, successors(start, graph, options))
+    found = successors(start, graph, options)
+    widths = widths_of({name: int(width)}, found)
     if not widths:
         warnings.warn(
             f"group {name!r} cannot be cut any more after the cuts before it, and stays as it is", SecateurWarning, 2
         )
-    cut = plan(graph, **at_widths(options, widths))
+    asked = at_widths(options, widths)
+    if "constants" in options:
+        asked["constants"] = constants_of(start, options["constants"], found)
+    cut = plan(graph, **asked)
     return cut, apply(graph, cut)

@@ -5,28 +5,46 @@ are cut.
 - *hard* (as the code of He et al., "FPGM", CVPR 2019 does): the gradients of what was zeroed are zeroed too, and after
   every step, because of momentum and weight decay, so is what was zeroed. What is zero has the lowest norm, and lies
   next to the geometric median once it is many: it is chosen again, and the choice stays what it was.
+
+Hard zeroing at a constant rate is thus decided by its first choice. Made before training (``select_``), as the code of
+FPGM does, that is a mask fixed on random weights, or one cut of a pretrained network that is then trained on; which of
+the two, only the weights say. ``Zeroing.history`` shows what changed from one choice to the next.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Unpack
 
 import numpy as np
 import torch
 from torch import nn
 
-from secateur.core import Criterion, GroupView
-from secateur.criteria import reads, resolve
+from secateur.core import Criterion, Turnover
+from secateur.criteria import is_sequential
 from secateur.errors import BadRequest
 from secateur.graph import Graph, Inputs, trace, unwrap
+from secateur.masks import meaning_of
 from secateur.pipeline import plan
 from secateur.plans import Plan
 from secateur.recover.hooks import Hooks, State
 from secateur.schedules import places
-from secateur.schedules.options import Options, at_widths, partway, start_of
+from secateur.schedules.options import Options, at_widths, coupled, partway, start_of
+from secateur.schedules.rankings import among_the_rest, gone_first
+from secateur.schedules.turnovers import as_state, from_state, turnover
+
+
+@dataclass(frozen=True)
+class Pace:
+    """``every``: epochs from one choice to the next. ``grow``: epochs in which what is zero grows to the whole of it.
+    ``soft``: it may come back. ``exclude_zeroed``: what is zero already is no part of what a criterion compares."""
+
+    every: int = 1
+    grow: int = 0
+    soft: bool = False
+    exclude_zeroed: bool = False
 
 
 def zeroing(
@@ -36,89 +54,114 @@ def zeroing(
     every: int = 1,
     grow: int = 0,
     soft: bool = False,
+    exclude_zeroed: bool = False,
     **options: Unpack[Options],
 ) -> Zeroing:
     """Choose and zero channels after every ``every`` epochs of somebody's training loop; see the file's docstring.
 
     ``options`` are those of ``plan`` and say what the network is to end as; over the first ``grow`` epochs the kept
-    part shrinks geometrically to that, with 0 it is there at once. The network is captured once; the weights are read
-    anew at every choice. Hard, the widths are those of the first choice, and what went stays gone.
+    part shrinks geometrically to that, with 0 it is there at once (FPGM and SFP: a constant rate; a rate that grows is
+    the idea of asymptotic soft filter pruning, whose own curve is another). The network is captured once; the weights
+    are read anew at every choice. Hard, the widths are those of the first choice, and what went stays gone.
 
-        progress = zeroing(net, x, ratios=0.4)
+        progress = zeroing(net, x, criterion="fpgm", ratios=0.4, constants="fold")
         progress.select_()                      # optional: start pruned, as FPGM's code does
         ...                                     # your loop calls progress.hooks
         small = apply(net, progress.plan())
 
-    Hard, all that makes a removed channel is zeroed: filters, norm weights and layer scales, and biases. The zeroed
-    network then computes just what the smaller one does wherever the channel is 0 when it is read: behind a batch norm
-    and an activation that is 0 at 0 (ReLU, GELU, SiLU, Hardswish, tanh). It does not behind a sigmoid or a softplus,
-    where the norm's shift is a buffer (frozen batch norm) or missing (``affine=False``, in eval mode), or where a
-    norm's statistics count the zeros (group and layer norm): the smaller network drops a constant there.
+    ``constants`` is an option of ``plan``, by group or for all. ``"drop"``: the smaller network is to go without what a
+    removed channel would give. Hard, all that makes one is zeroed: filters, norm weights and layer scales, and biases.
+    The zeroed network then computes just what the smaller one does wherever the channel is 0 when it is read: behind a
+    batch norm and an activation that is 0 at 0 (ReLU, GELU, SiLU, Hardswish, tanh). It does not behind a sigmoid or a
+    softplus, where the norm's shift is a buffer (frozen batch norm) or missing (``affine=False``, in eval mode), or
+    where a norm's statistics count the zeros (group and layer norm): the smaller network drops a constant there. Soft,
+    only the filters are zeroed, as in the paper: were a norm's weight and bias zero too, behind a ReLU no gradient
+    would bring the channel back. Behind a batch norm a zeroed filter leaves the constant act(beta), which the smaller
+    network drops; ``finish_`` zeroes the rest, so that the two agree.
 
-    Soft, only the filters are zeroed, as in the paper: were a norm's weight and bias zero too, behind a ReLU no
-    gradient would bring the channel back. Behind a batch norm a zeroed filter leaves the constant act(beta), which the
-    smaller network drops; ``finish_`` zeroes the rest, so that the two agree.
+    ``"fold"``: only the filters are zeroed, hard and soft, as FPGM's code does; norms and biases learn on, and the
+    constants that they give are kept in what reads them, so that the two agree behind any activation.
+
+    ``exclude_zeroed``: what a criterion compares (distances, similarities) are the filters that are not zero; those
+    that are go first. It matters where the zeroed part grows, or where the network has dead filters of its own: many
+    equal points draw the median to themselves.
 
     End with the last epoch's weights: the best epoch is mostly one from before the zeroing, whose weights undo it.
     Weights that are averaged over time (``ema``) are not zero either: ``plan`` then chooses anew on the average.
 
-    Raises what ``plan`` raises for the goal, here and now.
+    Raises what ``plan`` raises for the goal, here and now, and ``CannotPrune`` for a network that cannot be zeroed.
     """
     if every < 1 or grow < 0:
         raise BadRequest(f"cannot zero with every={every}, grow={grow}\n  do: every at least 1, grow at least 0 epochs")
     graph = trace(model, example_inputs)
-    return Zeroing(graph, (every, grow, soft), options)
+    return Zeroing(graph, Pace(every, grow, soft, exclude_zeroed), options)
 
 
 class Zeroing:
     """Zeroing under way. ``hooks``: what a training loop calls. ``epochs``: how many are over."""
 
-    def __init__(self, graph: Graph, pace: tuple[int, int, bool], options: Options) -> None:
-        self.graph, self.options = graph, options
-        self.every, self.grow, self.soft = pace
+    def __init__(self, graph: Graph, pace: Pace, options: Options) -> None:
+        self.graph, self.pace, self.options = graph, pace, options.copy()
+        self._goal = plan(graph, **options)
+        meaning_of(coupled(graph, options), self._goal)  # are there filters, where constants are folded?
+        if pace.exclude_zeroed:
+            _rank_by_(self.options, among_the_rest(options.get("criterion", "l1")))
         self.start = start_of(graph, options)
         self.epochs, self.reached = 0, 0.0
-        self._goal = plan(graph, **options)
+        self._history: list[Turnover] = []
         self._widths: dict[str, int] = {}
         self._removed: dict[str, np.ndarray] = {}
         spared = places.harmful(graph, self._goal)
         found = {name: t for name, t in places.parameters_of(graph.model).items() if name not in spared}
-        chosen = places.filters if self.soft else places.makers
-        self._zeroed = {group.name: chosen(group, found) for group in self._goal.groups}
-        self._made = {group.name: places.makers(group, found) for group in self._goal.groups}
+        self._zeroed = places.zeroed(self._goal, found, soft=pace.soft)
+        self._made = places.zeroed(self._goal, found)
         self._index = places.Index({})
         self.hooks = Hooks(
-            after_backward=None if self.soft else self._after_backward,
-            after_step=None if self.soft else self._after_step,
+            after_backward=None if pace.soft else self._after_backward,
+            after_step=None if pace.soft else self._after_step,
             after_epoch=self._after_epoch,
             state=self._state,
             restore=self._restore,
         )
 
+    @property
+    def history(self) -> tuple[Turnover, ...]:
+        """What every choice changed about the one before it, the first of all included: by group, which channels."""
+        return tuple(self._history)
+
+    @property
+    def channels(self) -> dict[str, int]:
+        """How many channels each group has."""
+        return {group.name: group.channels for group in self._goal.groups}
+
     def select_(self) -> None:
         """Choose anew on the weights as they are, and zero what was chosen."""
-        fraction = min(1.0, self.epochs / self.grow) if self.grow else 1.0
+        fraction = min(1.0, self.epochs / self.pace.grow) if self.pace.grow else 1.0
         self._remember(places.removed(self._choose(fraction)), fraction)
         self._index.zero_(places.parameters_of(self.graph.model))
 
     def plan(self) -> Plan:
         """The plan that cuts what is zero now. Where that is not yet the goal, or the weights are not those that were
         zeroed last (soft and trained on since, or loaded), the choice is made anew on the weights as they are."""
-        complete = bool(self._removed) and self.reached >= 1
-        if complete and self._index.is_zero(places.parameters_of(self.graph.model)):
-            return self._as_plan(places.kept_by(self._removed))
-        return self._choose(1.0)
+        return self._as_plan(places.kept_by(self._removed)) if self._is_done() else self._choose(1.0)
 
     def finish_(self) -> Plan:
-        """After the last epoch: zero all that makes the removed channels, and return the plan that cuts them."""
+        """After the last epoch: zero all that makes the removed channels (where constants are folded, the filters), and
+        return the plan that cuts them."""
         final = self.plan()
-        self._remember(places.removed(final), 1.0)
+        if not self._is_done():
+            self._remember(places.removed(final), 1.0)
         index = places.Index(places.positions(self._made, self._removed))
         index.zero_(places.parameters_of(self.graph.model))
         return final
 
+    def _is_done(self) -> bool:
+        """Whether what is chosen is the goal, and is zero."""
+        complete = bool(self._removed) and self.reached >= 1
+        return complete and self._index.is_zero(places.parameters_of(self.graph.model))
+
     def _choose(self, fraction: float) -> Plan:
-        if self.soft:
+        if self.pace.soft:
             same = {group.name: group for group in self._goal.groups}
             return self._as_plan(plan(self.graph, **partway(self.start, self.options, fraction, same)).keep)
         if not self._widths:
@@ -129,15 +172,19 @@ class Zeroing:
         gone = places.removed(found)
         if any((before & ~gone[name]).any() for name, before in self._removed.items()):
             # a criterion that does not put zeros last
-            how["criterion"] = _gone_first(how.get("criterion", "l1"), self._removed)
+            _rank_by_(how, gone_first(how.get("criterion", "l1"), self._removed))
             found = plan(self.graph, **how)
         return self._as_plan(found.keep)
 
     def _as_plan(self, keep: Mapping[str, tuple[int, ...]]) -> Plan:
-        made_by = {**self._goal.made_by, "schedule": "soft zeroing" if self.soft else "hard zeroing"}
+        made_by = {**self._goal.made_by, "schedule": "soft zeroing" if self.pace.soft else "hard zeroing"}
         return replace(self._goal, keep=keep, made_by=made_by, graph=self.graph)
 
     def _remember(self, masks: dict[str, np.ndarray], fraction: float) -> None:
+        self._history.append(turnover(self._removed, masks, epoch=self.epochs))
+        self._set(masks, fraction)
+
+    def _set(self, masks: dict[str, np.ndarray], fraction: float) -> None:
         self._removed, self.reached = masks, fraction
         # a state from before the first choice has no masks
         self._index = places.Index(places.positions(self._zeroed, masks) if masks else {})
@@ -152,7 +199,7 @@ class Zeroing:
     def _after_epoch(self, model: nn.Module) -> None:
         self._own(model)
         self.epochs += 1
-        if self.epochs % self.every == 0:
+        if self.epochs % self.pace.every == 0:
             self.select_()
 
     def _own(self, model: nn.Module) -> nn.Module:
@@ -161,13 +208,15 @@ class Zeroing:
     def _state(self) -> State:
         masks = {f"removed:{name}": torch.from_numpy(mask.copy()) for name, mask in self._removed.items()}
         widths = {f"width:{name}": width for name, width in self._widths.items()}
-        return {"epochs": self.epochs, "reached": self.reached, **masks, **widths}
+        history = as_state(self._history, self._goal.groups)
+        return {"epochs": self.epochs, "reached": self.reached, **masks, **widths, **history}
 
     def _restore(self, state: State) -> None:
         masks = read_masks(state, "removed:", self._goal)
         self.epochs = int(state["epochs"])
         self._widths = {k.partition(":")[2]: int(v) for k, v in state.items() if k.startswith("width:")}
-        self._remember(masks, float(state["reached"]))
+        self._history = from_state(state, self._goal.groups)
+        self._set(masks, float(state["reached"]))
 
 
 def same_network(model: nn.Module, graph: Graph) -> nn.Module:
@@ -201,15 +250,8 @@ def _width(dense: int, final: int, fraction: float) -> int:
     return max(final, math.floor(dense * (final / dense) ** fraction + 1e-9))
 
 
-def _gone_first(criterion: str | Criterion, gone: places.Masks) -> Callable[[GroupView], torch.Tensor]:
-    """``criterion`` with the channels in ``gone`` below all others."""
-    function = resolve(criterion)
-
-    def scores(view: GroupView, /) -> torch.Tensor:
-        found = function(view).double().clone()
-        lowest = float(found.min())
-        found[torch.from_numpy(gone[view.name])] = lowest - abs(lowest) - 1
-        return found
-
-    scores.reads = reads(criterion)  # type: ignore[attr-defined]
-    return scores
+def _rank_by_(options: Options, criterion: Criterion) -> None:
+    """Put ``criterion``, made of the one that ``options`` have, in its place."""
+    if is_sequential(options.get("criterion", "l1")):  # which is known by its identity
+        options["greedy"] = True
+    options["criterion"] = criterion

@@ -79,6 +79,11 @@ def check_request(
     criterion: str | Criterion, data: object, residual: str, max_bytes: object, seed: object, **functions: object
 ) -> None:
     """Raises ``BadRequest`` for what no sweep can be made of. ``functions``: arguments that are functions or None."""
+    if residual == "scatter":
+        raise BadRequest(
+            "residual='scatter' is nothing that an analysis tries out: its networks are cut as they are coupled\n"
+            "  do: analyse with residual='inner', whose groups a plan with 'scatter' has, too"
+        )
     if residual not in RULES:
         raise BadRequest(f"residual={residual!r} is not known{nearest(str(residual), RULES)}")
     if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 0:
