@@ -203,19 +203,17 @@ def _accuracies(found: Cells, network: str, ways: Sequence[str], key: str) -> st
 
 def _changes(found: Cells, network: str) -> str:
     """How much of a choice was not in the one before it, epoch by epoch."""
-    rows = []
-    for way in (way for way in WAYS if way.startswith("soft")):  # hard, what went stays gone by its very rule
-        for row in MEASURED[network].get(way, ()):
-            keys = sorted({key for ratio in RATIOS for key in _keys(found, column(network, ratio, way), row)})
-            cells = [
-                spread([*found.values(column(network, r, way), row, key).values()]) for r in RATIOS for key in keys
-            ]
-            if keys:
-                rows.append([f"{way}, {row}", *cells])
-    if not rows:
+    soft = [(way, row) for way in WAYS if way.startswith("soft") for row in MEASURED[network].get(way, ())]
+    columns = [(column(network, ratio, way), row) for ratio in RATIOS for way, row in soft]
+    keys = sorted({key for name, row in columns for key in _keys(found, name, row)})
+    if not keys:  # hard, what went stays gone by its very rule
         return ""
-    count = len(rows[0]) // len(RATIOS)
-    heads = [f"{100 * ratio:.0f} %, choice {i}" for ratio in RATIOS for i in range(2, 2 + count)]
+    rows = []
+    for way, row in soft:
+        values = [found.values(column(network, r, way), row, key).values() for r in RATIOS for key in keys]
+        if any(values):
+            rows.append([f"{way}, {row}", *(spread([*own]) for own in values)])
+    heads = [f"{100 * ratio:.0f} %, choice {2 + i}" for ratio in RATIOS for i in range(len(keys))]
     return (
         "\nSoft: of the removed filters, those that were not removed by the choice before, in %:\n\n"
         + common.markdown(["", *heads], rows)

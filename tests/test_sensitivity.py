@@ -422,6 +422,7 @@ def test_what_evaluate_may_not_return(value: Any, text: str, tmp_path: Path) -> 
         ({"groups": "stem", "residual": "inner"}, CannotPrune, "asks for group 'stem', which cannot be pruned"),
         ({"exclude": "*"}, CannotPrune, "no group is left to analyse"),
         ({"exclude": "b7"}, BadRequest, "no group is called, or matches, 'b7'"),
+        ({"criterion": "fpgm_mix"}, BadRequest, "'fpgm_mix' chooses other channels for every width"),
         ({"residual": "scatter"}, BadRequest, "residual='scatter' is nothing that an analysis tries out"),
         ({"max_bytes": -1}, BadRequest, "max_bytes=-1 is not a number of bytes, 0 or more"),
         ({"groups": None}, BadRequest, "groups=None is neither a group's name or a glob over group names, nor a list"),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from secateur.core import Criterion, Evaluate
-from secateur.criteria import check_given
+from secateur.criteria import check_given, label, needs_width
 from secateur.errors import BadPlan, BadRequest, nearest
 from secateur.measurement import accuracy
 from secateur.plan_checks import plain
@@ -79,6 +79,11 @@ def check_request(
     criterion: str | Criterion, data: object, residual: str, max_bytes: object, seed: object, **functions: object
 ) -> None:
     """Raises ``BadRequest`` for what no sweep can be made of. ``functions``: arguments that are functions or None."""
+    if needs_width(criterion):
+        raise BadRequest(
+            f"criterion {label(criterion)!r} chooses other channels for every width, and an analysis ranks them once\n"
+            "  do: analyse with one that does not, such as 'fpgm'; a plan may take the analysis with any criterion"
+        )
     if residual == "scatter":
         raise BadRequest(
             "residual='scatter' is nothing that an analysis tries out: its networks are cut as they are coupled\n"
