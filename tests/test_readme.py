@@ -13,8 +13,8 @@ from secateur.recipes import parse_recipe
 from secateur.zoo.torchvision_shim import import_torchvision
 
 ROOT = Path(__file__).parents[1]
-OWN_TESTS = {ROOT / "docs" / name for name in ("how-much-can-i-prune.md", "thinet.md")}
-"""The pages that train: test_docs_sensitivity and test_docs_thinet run them."""
+OWN_TESTS = {ROOT / "docs" / name for name in ("how-much-can-i-prune.md", "thinet.md", "fpgm.md")}
+"""The pages that train: test_docs_sensitivity, test_docs_thinet and test_docs_fpgm run them."""
 DOCUMENTS = sorted(set((ROOT / "docs").glob("*.md")) - OWN_TESTS)
 
 
