@@ -181,8 +181,8 @@ def test_constants_that_gamma_and_beta_do_not_leave() -> None:
 
 # Everywhere ----------------------------------------------------------------------------------------------------------
 
-PICKED = """shared_module tied_decoder codebook layer_norm weight_standardisation linear_to_map option_a_pad
-slice_assignment transposed_grouped cond_conv res2net""".split()
+PICKED = """shared_module tied_decoder codebook layer_norm weight_standardisation linear_to_map option_a_pad res2net
+slice_assignment transposed_grouped transposed_depthwise_multiplier_2 cond_conv""".split()
 
 
 def exact_or_refused(name: str, residual: Any, seed: int) -> None:

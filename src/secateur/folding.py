@@ -218,9 +218,9 @@ class _Folding:
         removed = torch.nonzero(~kept[0]).flatten()
         passed_on = env[source].index_select(axis, removed)
         if op_name(node).startswith("conv"):
-            weight = env[named_args(node)["weight"]]
+            filters = matrix(env[named_args(node)["weight"]], layout_of(node, turned=False)).flatten(0, 1)
             rows = self.masks.of(node)[axis]
-            passed_on = weight[~rows] if rows is not None and bool(passed_on.any()) else passed_on
+            passed_on = filters[~rows] if rows is not None and bool(passed_on.any()) else passed_on
         if bool(passed_on.any()):
             raise CannotPrune(
                 f"{self._where(node)}: it puts zeros around what is constant there when filters are zero{_DO}"
