@@ -49,7 +49,12 @@ class Folded:
 
 
 def fold(
-    coupling: Coupling, plan: Plan, state: State, spreads: list[Spread], *, images: Sequence[torch.Tensor] | None = None
+    coupling: Coupling,
+    plan: Plan,
+    state: State,
+    spreads: Sequence[Spread],
+    *,
+    images: Sequence[torch.Tensor] | None = None,
 ) -> Folded:
     """What becomes of the constants that ``plan`` folds, by the dense tensors in ``state``. ``spreads``: where modules
     scatter. ``images``: the inputs that they are read off from; any will do, since constants do not depend on them.
@@ -86,7 +91,7 @@ def fold(
     return found
 
 
-def check_constant(coupling: Coupling, plan: Plan, spreads: list[Spread], found: Folded) -> None:
+def check_constant(coupling: Coupling, plan: Plan, spreads: Sequence[Spread], found: Folded) -> None:
     """Raises ``CannotPrune`` unless ``found``, which ``fold`` made of the network as it is, is the same on other
     images: where a forward mixes those of a batch, or chooses by them, a single run cannot tell."""
     if not found.shifts and not found.values:

@@ -80,9 +80,8 @@ def plan(
     Raises ``CannotCapture``, ``BadRequest``, ``Unreachable``, ``CannotPrune`` or ``WrongModel`` (a sensitivity of
     another network), each with what to do about it.
     """
-    how = _Request(criterion, budget, ratios, exclude, allocation, data, loss)
-    how = replace(how, residual=residual, greedy=greedy, sensitivity=sensitivity)
-    how = replace(how, prefer=prefer, min_channels=min_channels, round_to=round_to, seed=seed, constants=constants)
+    how = _Request(criterion, budget, ratios, exclude, allocation, data, loss, residual, constants, greedy, sensitivity)
+    how = replace(how, prefer=prefer, min_channels=min_channels, round_to=round_to, seed=seed)
     _check(how)
     return _decide(trace(model, example_inputs), how)
 

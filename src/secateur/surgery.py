@@ -9,6 +9,7 @@ the masked dense network in float64. Constants that the plan folds (``folding``)
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -29,7 +30,7 @@ from secateur.plans import Plan, check_model, compose
 from secateur.proofs import Proof, casts, difference, prove
 from secateur.rewrites import Rewritten, rewrite
 from secateur.slicing import RECORD, State, keep_attention_scale_, like, named, sliced, small_tensor
-from secateur.wiring import CONSTANTS, fill_, find_wiring, rewire_, scatter_edit
+from secateur.wiring import CONSTANTS, Spread, Wiring, fill_, find_wiring, rewire_, scatter_edit
 
 Tier = Literal["module", "attributes", "graph"]
 
@@ -51,11 +52,13 @@ class Applied:
 
 @dataclass(frozen=True)
 class Way:
-    """One way of making the smaller network: on ``coupling``, by ``tier``, with ``edits``."""
+    """One way of making the smaller network: on ``coupling``, by ``tier``, with ``edits``. ``spreads``: where modules
+    scatter."""
 
     tier: Tier
     edits: tuple[Edit, ...]
     coupling: Coupling
+    spreads: Sequence[Spread] = ()
 
 
 def record(module: nn.Module) -> Applied | None:
@@ -173,26 +176,29 @@ def _ways(coupling: Coupling, plan: Plan, rewritten: list[Rewritten] | None, bar
     graph = Way("graph", (Edit("graph", ""),), coupling)
     if any(edit.kind == "graph" for edit in plan.edits):
         return [graph]
-    ways = [Way("attributes", plan.edits, coupling)] if _structural(plan.edits) else []
-    wired = _wired(coupling, plan)
+    ways = []
+    wiring = find_wiring(coupling, coupling.class_keep(plan.keep))
+    spreads = wiring[0] if wiring is not None else ()
+    if _structural(plan.edits):
+        ways.append(Way("attributes", plan.edits, coupling, spreads))
+    wired = _wired(coupling, plan, wiring)
     own = (*(edit for edit in bare if edit.kind != "bias" or edit not in wired), *wired) if wired else bare
     if wired is not None:
-        ways.append(Way("attributes" if _structural(wired) else "module", own, coupling))
+        ways.append(Way("attributes" if _structural(wired) else "module", own, coupling, spreads))
     if rewritten is None:
         return ways
     edits = attribute_edits(coupling.graph.model, [note for r in rewritten for note in r.notes])
     if edits and wired is not None:
-        ways.append(Way("attributes", (*own, *edits), coupling))
+        ways.append(Way("attributes", (*own, *edits), coupling, spreads))
     stays = any(edit.kind == "bias" for edit in plan.edits) or "fold" in plan.constants.values()
     return ways if stays else [*ways, graph]
 
 
-def _wired(coupling: Coupling, plan: Plan) -> tuple[Edit, ...] | None:
+def _wired(coupling: Coupling, plan: Plan, wiring: Wiring | None) -> tuple[Edit, ...] | None:
     """The edits that rewire modules, and hold constants; ``None`` where no module has a place for a scatter.
 
     Raises ``CannotPrune`` where constants cannot be folded.
     """
-    wiring = find_wiring(coupling, coupling.class_keep(plan.keep))
     if wiring is None:
         if meaning_of(coupling, plan).zeros:
             raise CannotPrune(
@@ -258,8 +264,7 @@ def build(way: Way, plan: Plan, dense: nn.Module, state: State) -> nn.Module:
     """The smaller network by one of the ways, with the values in ``state`` (canonical name -> dense tensor)."""
     keep = way.coupling.class_keep(plan.keep)
     if way.tier != "graph":
-        spreads = (find_wiring(way.coupling, keep) or ([], ()))[0]
-        folded = fold(way.coupling, plan, state, spreads)
+        folded = fold(way.coupling, plan, state, way.spreads)
         small = sliced(dense, plan.kept(), shifted(state, folded.shifts))
         keep_attention_scale_(small, way.coupling, keep)
         set_attributes(small, way.edits)

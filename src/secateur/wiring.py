@@ -24,7 +24,7 @@ from secateur.errors import BadPlan, WrongModel
 from secateur.groups import Coupling
 from secateur.interpreter import Masks
 from secateur.nodes import module_stack, shape_of
-from secateur.plan_checks import SCATTERED_WITH
+from secateur.plan_checks import SCATTERED_WITH, WIRINGS
 from secateur.plans import CONSTANT_KERNEL
 
 GATHER, SCATTER, CONSTANTS, KERNEL = "gather_table", "scatter_table", SCATTERED_WITH[1], CONSTANT_KERNEL
@@ -153,7 +153,7 @@ def rewire_(small: nn.Module, edits: Sequence[Edit]) -> None:
     Raises ``WrongModel`` if a module is gone, ``BadPlan`` if it is wired already or cannot hold what is asked for.
     """
     for edit in edits:
-        if edit.kind not in ("gather", "scatter", "constant"):
+        if edit.kind not in WIRINGS:
             continue
         module = _module(small, edit)
         own = GATHER if edit.kind == "gather" else SCATTER if edit.kind == "scatter" else KERNEL
@@ -202,7 +202,11 @@ def _kind_of(module: nn.Module, root: nn.Module) -> tuple[torch.device, torch.dt
 # Where ---------------------------------------------------------------------------------------------------------------
 
 
-def find_wiring(coupling: Coupling, class_keep: torch.Tensor) -> tuple[list[Spread], tuple[Edit, ...]] | None:
+Wiring = tuple[list[Spread], tuple[Edit, ...]]
+"""Which modules must scatter, and the edits of those that gather."""
+
+
+def find_wiring(coupling: Coupling, class_keep: torch.Tensor) -> Wiring | None:
     """Which modules must scatter, and the ``gather`` edits of those that read what is scattered; ``None`` where the
     user's modules have no place for it, and only the captured graph has."""
     masks = Masks(coupling, class_keep)

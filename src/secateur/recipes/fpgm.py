@@ -19,7 +19,7 @@ the constants of removed channels, is folded into what reads them: the network t
   filters lie near the geometric median and are chosen again, so that ``pretrained`` comes to nearly the same, and costs
   more. VGG-16 begins at the full rate here, as in Table 4.
 - ``tuned``: the same widths by WHC, which is FPGM's successor; readers fitted anew, batch norm recalibrated, then a
-  schedule that starts high and comes down by a cosine.
+  schedule that starts high and comes down by a cosine, as for Li's networks, whose file says why.
 - ``scratch``: the pruned architecture from random weights, trained as the dense network is.
 
 What differs from the authors' code: ResNet-110 warms up by a line over its first epoch, where theirs has a tenth of the
@@ -40,7 +40,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from secateur.recipes.entries import Network
-from secateur.recipes.li import VGG_A
+from secateur.recipes.li import TUNED, VGG_A
 from secateur.zoo.papers import fpgm_width
 from secateur.zoo.resnet import CIFAR_WIDTHS, IMAGENET_WIDTHS
 from secateur.zoo.vgg import VGG16
@@ -139,21 +139,6 @@ DENSE: Mapping[str, Mapping[str, Any]] = {
 PRETRAINED = 0.01
 """The learning rate that training begins with where the network is trained already."""
 
-TUNED: Mapping[str, Mapping[str, Any]] = {
-    "resnet": {"epochs": 200, "lr": 0.05, "warmup": 1, "schedule": "cosine", "weight_decay": 5e-4},
-    "vgg": {"epochs": 160, "lr": 0.05, "warmup": 1, "schedule": "cosine", "weight_decay": 5e-4},
-    "imagenet": {
-        "epochs": 40,
-        "lr": 0.05,
-        "warmup": 1,
-        "schedule": "cosine",
-        "weight_decay": 1e-4,
-        "label_smoothing": 0.1,
-    },
-}
-"""After the cut: as for Li's networks, whose file says why."""
-FITTED: Mapping[str, Any] = {"readers": "least-squares", "batchnorm": True, "batches": 64}
-
 
 def values_of(found: Network, variant: str) -> dict[str, Any]:
     """The sections of a recipe that prunes ``found``, dense training included; without the model."""
@@ -175,8 +160,7 @@ def values_of(found: Network, variant: str) -> dict[str, Any]:
         values["finetune"] = dict(dense) if kind == "vgg" else again
     elif variant == "tuned":
         values["prune"]["constants"] = "drop"  # fitting the readers makes up for more than constants
-        values["compensate"] = dict(FITTED)
-        values["finetune"] = dict(TUNED[kind])
+        values |= {name: dict(section) for name, section in TUNED[found.data].items()}
     else:
         training = again if variant == "pretrained" else values.pop("train")
         soft = variant in ("soft", "sfp")
