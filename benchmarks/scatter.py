@@ -3,9 +3,10 @@
     python benchmarks/scatter.py [--networks zoo:resnet20,...] [--engines torch,onnxruntime] [--seconds 5]
 
 Each network is pruned to half its MACs by each rule, the same fraction everywhere (``allocation="uniform"``), with
-widths as they come and in multiples of eight, where the budget can be met so. All that is compared takes turns, in one
-process and one thread; times are processor time of one batch, so that other work on the machine disturbs them little.
-A speed is the median over the rounds of the dense network's time by the pruned one's in the same round.
+widths as they come and in multiples of eight, where the budget can be met so; scatter also with what zeroed filters
+leave folded in (``constants="fold"``). All that is compared takes turns, in one process and one thread; times are
+processor time of one batch, so that other work on the machine disturbs them little. A speed is the median over the
+rounds of the dense network's time by the pruned one's in the same round.
 
 Beside them stand other ways to write the same sum. In torch: "joined" puts zeros behind the narrow tensor by a
 concatenation, "added" and "copied" write it by index into a tensor of zeros; "nothing moved" hands on memory as it
@@ -86,7 +87,7 @@ class Pruned:
     def of(cls, name: str) -> Pruned:
         model, x = common.build(name).eval(), torch.randn(1, 3, NETWORKS[name], NETWORKS[name])
         common.randomise_(model, (x,))
-        graph, networks, macs = trace(model, x), {"dense": model}, {"dense": 1.0}
+        graph, networks = trace(model, x), {"dense": model}
         dense = sc.count(model, x).macs
         for rule in RULES:
             for multiple in (1, 8):
@@ -97,7 +98,16 @@ class Pruned:
                     continue
                 label = rule if multiple == 1 else f"{rule}, multiples of {multiple}"
                 networks[label] = sc.apply(model, plan)
-                macs[label] = round(sc.count(networks[label], x).macs / dense, 4)
+        plan = sc.plan(
+            graph,
+            criterion="fpgm",
+            budget=sc.Budget(keep=KEEP),
+            residual="scatter",
+            constants="fold",
+            allocation="uniform",
+        )
+        networks["scatter, constants folded"] = sc.apply(model, plan)
+        macs = {name: round(sc.count(network, x).macs / dense, 4) for name, network in networks.items()}
         return cls(networks, macs, x)
 
 
