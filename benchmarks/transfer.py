@@ -34,8 +34,9 @@ from torch.nn import functional
 import common
 import secateur as sc
 from common import RESULTS
-from secateur.measurement import accuracy, interleaved_latency_ms
+from secateur.measurement import accuracy
 from secateur.recover import Training, compensate_
+from secateur.timing import take_turns
 from secateur.zoo.data import Data, DataSettings, open_data
 from secateur.zoo.data.loaders import Loader
 from secateur.zoo.names import build
@@ -311,7 +312,7 @@ def times(at: Timed) -> dict[str, float]:
     for name, network in networks.items():
         runs[f"{name} inference, ms"] = functools.partial(infer, network, inputs)
         runs[f"{name} step, ms"] = functools.partial(step, network, inputs, targets)
-    found = interleaved_latency_ms(runs, repeats=at.repeats, warmup=1)
+    found = {name: timing.ms for name, timing in take_turns(runs, repeats=at.repeats, warmup=1).items()}
     macs = {name: sc.count(network, example).macs for name, network in networks.items()}
     return {**found, "macs": macs["pruned"] / macs["dense"]}
 

@@ -102,6 +102,10 @@ class Cells:
 
         self._keep(drop)
 
+    def drop(self, seed: int, what: str) -> None:
+        """Forget ``what`` of this seed in every column."""
+        self._keep(lambda cells: [column.pop(what, None) for column in cells.get(str(seed), {}).values()])
+
     @contextmanager
     def _locked(self) -> Iterator[Row]:
         """The cells as they are on file, where other processes may be at work on other ones."""

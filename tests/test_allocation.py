@@ -278,6 +278,67 @@ def test_ten_thousand_channels_in_four_hundred_groups_take_a_moment() -> None:
         assert min(taken_s) < 0.6  # 0.1 on an idle core
 
 
+# Steps of each group, and costs that are no polynomials -------------------------------------------------------------
+
+
+def test_each_group_may_have_steps_of_its_own() -> None:
+    groups = _groups(64, 60, 30)
+    steps = {"conv0": 16, "conv1": 8}
+    assert _widths(allocate(groups, _scores(groups), ratios=0.5, round_to=steps)) == [32, 32, 15]
+    assert _widths(allocate(groups, _scores(groups), ratios={"conv1": 56}, round_to=steps)) == [64, 56, 30]
+    with pytest.raises(BadRequest, match=r"'conv1' cannot keep 57 of 60 .* 60 and the multiples of 8 from 8 on"):
+        allocate(groups, _scores(groups), ratios={"conv1": 57}, round_to=steps)
+    budget, cost = Budget(keep=0.4, round_to=12), _chain(groups)
+    widths = _widths(allocate(groups, _scores(groups), budget=budget, cost=cost, round_to=steps))
+    allowed = [{48, 64}, {24, 48, 60}, {12, 24, 30}]  # multiples of both
+    assert all(width in own for width, own in zip(widths, allowed, strict=True))
+    assert evaluate(cost, np.array(widths)) <= 0.4 * evaluate(cost, _dense(groups))
+
+
+class Stairs:
+    """Each group costs a tread for every started ``step`` of its channels: within a step, nothing is saved."""
+
+    def __init__(self, treads: list[float], step: int) -> None:
+        self.treads, self.step = np.array(treads), step
+
+    def at(self, keep: np.ndarray) -> np.ndarray:
+        return np.asarray(np.ceil(keep / self.step) @ self.treads)
+
+    def marginals(self, keep: np.ndarray, steps: np.ndarray) -> np.ndarray:
+        return np.asarray(self.treads * (np.ceil(keep / self.step) - np.ceil((keep - steps) / self.step)))
+
+
+@pytest.mark.parametrize("allocation", ["global", "uniform"])
+@pytest.mark.parametrize("by_steps", [False, True])
+def test_costs_that_fall_in_steps_are_met_from_below(allocation: str, by_steps: bool) -> None:
+    groups, cost = _groups(64, 100, 48, 17), Stairs([3.5, 1.25, 8.0, 2.0], 16)
+    dense = evaluate(cost, _dense(groups))
+    for fraction in (0.35, 0.5, 0.7, 0.95):
+        steps: Any = {g.name: 16 for g in groups} if by_steps else 1
+        keep = allocate(
+            groups, _scores(groups), budget=Budget(keep=fraction), cost=cost, allocation=allocation, round_to=steps
+        )
+        widths = np.array(_widths(keep))
+        options = [range(16, n + 16, 16) for n in _dense(groups)]
+        best = max(c for w in itertools.product(*options) if (c := evaluate(cost, np.array(w))) <= fraction * dense)
+        assert evaluate(cost, widths) <= fraction * dense
+        # with the steps unknown, no exchange of single channels may lead to the best
+        assert evaluate(cost, widths) >= (min(best, 0.99 * fraction * dense) if by_steps else 0.85 * fraction * dense)
+        # a step that is paid for is used
+        assert all(w == n or (w % 16 == 0) for w, n in zip(widths, _dense(groups), strict=True))
+
+
+def test_losses_are_least_where_costs_fall_in_steps() -> None:
+    groups, cost = _groups(64, 100, 48), Stairs([3.0, 1.0, 8.0], 16)
+    losses = {g.name: np.linspace(1.0 + i, 0, g.channels + 1) ** 2 for i, g in enumerate(groups)}
+    widths = _widths(allocate(groups, _scores(groups), budget=Budget(keep=0.7), cost=cost, losses=losses))
+    target = 0.7 * evaluate(cost, _dense(groups))
+    assert evaluate(cost, np.array(widths)) <= target
+    for i in range(3):
+        wider = [w + (j == i) for j, w in enumerate(widths)]
+        assert wider[i] > groups[i].channels or evaluate(cost, np.array(wider)) > target
+
+
 # Refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -321,6 +382,32 @@ def test_ten_thousand_channels_in_four_hundred_groups_take_a_moment() -> None:
         ({"budget": Budget(keep=0.5, round_to=8), "round_to": 4}, r"round_to=4 contradicts Budget.round_to=8"),
         ({"budget": Budget(keep=0.5, min_channels=0)}, r"min_channels=0 is not a whole number"),
         ({"budget": Budget(keep=0.5), "cost": None}, r"a budget of macs needs the cost of the network"),
+        ({"budget": Budget(keep=0.5, of="memory"), "cost": None}, r"a budget of memory needs the cost of the network"),
+        ({"budget": Budget(of="memory")}, r"exactly one of keep \(a fraction\) and at_most \(a number of bytes\)"),
+        ({"budget": Budget(at_most=-1, of="memory")}, r"Budget.at_most=-1 is not a positive number of bytes"),
+        (
+            {"budget": Budget(keep=0.5, of="latency")},
+            r"a latency is that of an engine, and Budget.engine is None\n  do: say which, as in Budget\(keep=0.5, of=",
+        ),
+        (
+            {"budget": Budget(at_most=0, of="latency", engine="torch")},
+            r"Budget.at_most=0 is not a positive number of milliseconds",
+        ),
+        (
+            {"budget": Budget(keep=0.5, engine="torch")},
+            r"Budget.engine='torch' means nothing to a budget of macs, which is counted and not timed\n"
+            r"  do: leave engine out, or ask for of='latency'",
+        ),
+        (
+            {"budget": Budget(keep=0.5, of="memory", engine="torch")},
+            r"engine='torch' means nothing to a budget of memory",
+        ),
+        ({"budget": Budget(keep=0.5, of="memory", threads=2)}, r"Budget.threads=2 means nothing to a budget of memory"),
+        ({"budget": Budget(keep=0.5, of="params", batch=8)}, r"Budget.batch=8 means nothing to a budget of params"),
+        ({"budget": Budget(keep=0.5, of="memory", batch=0)}, r"Budget.batch=0 is not a whole number, 1 or more"),
+        ({"budget": Budget(keep=0.5, threads=True)}, r"Budget.threads=True is not a whole number, 1 or more"),
+        ({"ratios": 0.5, "round_to": {"conv9": 4}}, r"round_to: there is no group 'conv9'; did you mean 'conv"),
+        ({"ratios": 0.5, "round_to": {"conv0": 0}}, r"round_to\['conv0'\]=0 is not a whole number of channels"),
     ],
 )
 def test_bad_requests_say_what_is_wrong(request_: dict[str, Any], match: str) -> None:

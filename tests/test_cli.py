@@ -13,7 +13,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 from secateur.cli import app
-from secateur.cli_models import parse_options, parse_ratios, parse_shape
+from secateur.cli_models import parse_budget, parse_options, parse_ratios, parse_shape
+from secateur.core import Budget
 from secateur.errors import BadRequest
 from secateur.plans import Plan
 
@@ -68,7 +69,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_help_reads_well() -> None:
     text = run("--help")
-    for command in ("demo", "run", "finetune", "inspect", "plan", "apply", "measure", "compare", "export"):
+    for command in ("demo", "run", "finetune", "inspect", "plan", "apply", "measure", "compare", "export", "report"):
         assert f" {command} " in text
         assert f"secateur {command}" in run(command, "--help")
     assert "--round-to" in run("plan", "--help")
@@ -94,7 +95,8 @@ def test_plan_apply_measure_export(pruned: Path, tmp_path: Path) -> None:
     text = run("measure", pruned / "small", "--no-latency")
     assert "layer3.2.conv2" in text
     assert "all layers" in text
-    dense, small = (int(line.split("│")[3].split()[0].replace(",", "")) for line in text.splitlines()[-3:-1])
+    rows = [line.split("│") for line in text[text.index("Networks") :].splitlines() if line.startswith("│")]
+    dense, small = (int(row[3].split()[0].replace(",", "")) for row in rows)
     assert dense == 40_551_040
     assert 0.99 * dense / 2 <= small <= dense / 2
     assert "→" in text
@@ -122,7 +124,7 @@ def test_compare_times_both(pruned: Path) -> None:
     assert text.count(" ms ") == 2
     assert "torch, 1 thread" in text
     text = run("compare", TINY, pruned / "small", code=2)
-    assert "do: give both one shape with --input" in text
+    assert "do: give all of them one shape with --input" in text
 
 
 def test_weights_decide_the_plan(tmp_path: Path) -> None:
@@ -162,7 +164,7 @@ def test_folder_of_the_users_own_model_needs_its_name(tmp_path: Path) -> None:
         (("plan", TINY, "-o", "p.json", "--keep", "0.0001"), "reach"),
         (("plan", TINY, "-o", "missing/p.json", "--keep", "0.5"), "cannot be written"),
         (("apply", TINY, "no.json", "-o", "small"), "make one with secateur plan"),
-        (("measure", TINY, "--engine", "tensorrt"), "known: torch, onnxruntime, both"),
+        (("measure", TINY, "--engine", "openvin"), "unknown engine 'openvin'; did you mean 'openvino'?"),
     ],
 )
 def test_refusals(arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,3 +247,43 @@ def test_scattered_branches_and_folded_constants(tmp_path: Path) -> None:
 def plan_text(*arguments: object, where: Path) -> str:
     run(*arguments)
     return where.read_text()
+
+
+# Budgets of memory and latency -----------------------------------------------------------------------------------
+
+
+def test_plan_meets_a_budget_of_memory(tmp_path: Path) -> None:
+    text = run("plan", TINY, "--of", "memory", "--keep", 0.6, "--batch", 2, "-o", tmp_path / "p.json")
+    plan = Plan.from_json((tmp_path / "p.json").read_text())
+    assert plan.made_by["budget"]["batch"] == 2
+    dense, pruned = (plan.made_by["memory"][key] for key in ("dense", "pruned"))
+    assert dense == 2 * 4 * 64 * 24  # the second convolution's 12 channels before and behind their ReLU
+    assert 0.5 * dense < pruned <= 0.6 * dense
+    assert "activations of 2 examples need 12.3 kB → " in text
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--latency", 0.5, "--keep", 0.5), "--latency 0.5 is a budget, and --keep 0.5 says another one"),
+        (("--latency", 0.5, "--at-most", 3), "--latency 0.5 is a budget, and --at-most 3.0 says another one"),
+        (("--latency", 0.5, "--of", "macs"), "--latency 0.5 is a budget, and --of macs says another one"),
+        (("--latency", 0.5), "a latency is that of an engine, and Budget.engine is None"),
+        (("--engine", "torch"), "Budget.engine='torch' means nothing to a budget of macs"),
+        (("--batch", 0), "Budget.batch=0 is not a whole number, 1 or more"),
+        (("--of", "memory", "--threads", 2), "Budget.threads=2 means nothing to a budget of memory"),
+        (("--of", "speed"), "a budget of 'speed' is not known; known: macs, params, channels, memory, latency"),
+    ],
+)
+def test_budgets_that_mean_nothing_are_refused(tmp_path: Path, options: tuple[object, ...], told: str) -> None:
+    assert told in " ".join(run("plan", TINY, *options, "-o", tmp_path / "p.json", code=2).split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_latency_is_a_fraction_of_the_latency_in_an_engine() -> None:
+    run_ = {"engine": "openvino", "batch": 4, "threads": 2}
+    asked, half = parse_budget(None, None, None, latency=0.3, run=run_)
+    assert asked == Budget(keep=0.3, of="latency", **run_)  # type: ignore[arg-type]
+    assert parse_budget(0.3, None, "latency", latency=None, run=run_)[0] == asked
+    asked, half = parse_budget(None, None, "memory", latency=None, run={"batch": 4})
+    assert (asked, half) == (None, Budget(keep=0.5, of="memory", batch=4))

@@ -87,7 +87,7 @@ def test_it_writes_curves_and_pictures_and_prints_a_table(swept: tuple[Path, str
     for name in ("accuracy.svg", "norms.svg"):
         root = ET.fromstring((folder / name).read_text())
         assert root.tag.endswith("svg")
-        assert root.attrib["aria-label"]
+        assert root.attrib["aria-labelledby"]
     for word in ("Each group alone, not retrained", "90 %", "up to", "8x8", "of 144 held-out images right when dense"):
         assert word in text
     assert "secateur plan ... --sensitivity" in text

@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from secateur.artifact import load
 from secateur.cli import app
+from secateur.engines import installed
 from secateur.recipes import demo_recipe
 from secateur.recipes.schema import Measure
 from secateur.zoo.names import build
@@ -22,10 +23,10 @@ def test_recipe_is_whole_and_takes_the_seed() -> None:
     assert demo_recipe() == demo_recipe(0) != recipe
 
 
-@pytest.mark.parametrize("engine", ["torch", pytest.param("onnxruntime", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("engine", ["torch", pytest.param("all", marks=pytest.mark.slow)])
 def test_whole_demo_cut_short(engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert demo_recipe().measure.engine == "onnxruntime"  # seconds for each of seven networks
-    recipe = demo_recipe().model_copy(update={"measure": Measure(engine=engine)})  # type: ignore[arg-type]
+    assert demo_recipe().measure.engine == "all"  # of which one takes half a minute to compile a network
+    recipe = demo_recipe().model_copy(update={"measure": Measure(engine=engine)})
     monkeypatch.setattr("secateur.recipes.demo_recipe", lambda seed: recipe)
     monkeypatch.setenv("COLUMNS", "80")
     folder = tmp_path / "out"
@@ -40,10 +41,14 @@ def test_whole_demo_cut_short(engine: str, tmp_path: Path, monkeypatch: pytest.M
     assert list(rows) == ["dense", "pruned", "compensated", *compared, "fine-tuned"]
     assert all(rows[name]["macs"] == rows["pruned"]["macs"] for name in compared)
     assert 0.495 * rows["dense"]["macs"] <= rows["pruned"]["macs"] <= 0.5 * rows["dense"]["macs"]
-    assert all(row["size"] and row["latency_ms"] and row["accuracy"] is not None for row in rows.values())
+    assert all(row["size"] and row["memory"] and row["accuracy"] is not None for row in rows.values())
+    engines = installed() if engine == "all" else [engine]
+    assert all(list(row["latencies_ms"]) == engines for row in rows.values())
+    assert "Latency, ms, 1 thread" in result.stdout
     assert rows["fine-tuned"]["size"] < rows["dense"]["size"]
     report = (folder / "report.html").read_text()
     assert report.count("<h2>Sensitivity</h2>") == 1
+    assert "<b>locked:</b> it is an output of the network" in report
     assert report.count("<svg") >= 5
     assert "layer3.2.conv2" in report
     for criterion in ("thinet", "fpgm"):

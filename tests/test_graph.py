@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -309,3 +311,18 @@ def test_one_example_is_enough_for_a_norm_in_train_mode(keywords: bool) -> None:
     assert sc.record(small).tier == "module"  # type: ignore[union-attr]
     assert small.pooled[1].weight.shape == (3, 4, 1, 1)
     assert small.train()(X)[1].shape == (2, 2, 1, 1)
+
+
+def test_nests_hold_no_tensor_longer_than_their_caller() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        tensor = torch.zeros(3)
+        gone = weakref.ref(tensor)
+        tensors, skeleton = flatten({"a": [tensor, 1], "b": (tensor,)})
+        again = unflatten(skeleton, tensors)
+        assert again["a"][0] is tensor
+        del tensor, tensors, again
+        assert gone() is None
+    finally:
+        gc.enable()

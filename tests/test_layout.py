@@ -13,7 +13,7 @@ import secateur
 
 PACKAGE = Path(secateur.__file__).parent
 ROWS = [
-    {"errors", "core", "version", "nests", "nodes", "processes", "generators"},
+    {"errors", "core", "version", "nests", "nodes", "processes", "generators", "files", "machines"},
     {"capture", "graph", "labels", "propagation", "rules"},
     {"groups"},
     {"interpreter"},
@@ -31,24 +31,27 @@ ROWS = [
     }
     | {"calibration", "residuals", "criteria"},
     {"scores"},
-    {"costs", "operations", "counting", "tradeoffs", "budgets", "allocation", "selection", "sequential"},
+    {"costs", "operations", "liveness", "counting", "tradeoffs", "budgets", "allocation", "selection", "sequential"},
     {"plans", "plan_checks", "plan_schema"},
     {"masks"},
     {"rewrites", "attributes", "slicing", "proofs", "graph_network", "surgery", "optimisers"}
     | {"wiring", "folding", "homes"},
     {"recover", "onnx_file"},
-    {"measurement", "last_map", "heads"},
+    {"engines"},
+    {"measurement", "timing", "memory", "last_map", "heads", "quantisation"},
+    {"latencies"},
     {"sensitivities"},
     {"artifact"},
     {"report"},
     {"pipeline"},
     {"schedules"},
     {"__init__"},
-    {"zoo", "recipes", "cli", "cli_models", "cli_output", "cli_training", "cli_sensitivity", "__main__"},
+    {"zoo", "recipes", "cli", "cli_models", "cli_output", "cli_training", "cli_sensitivity", "__main__"}
+    | {"cli_latencies", "cli_measuring", "cli_quantising", "cli_reporting"},
 ]
 RANK = {name: rank for rank, row in enumerate(ROWS) for name in row}
-HEAVY = """accelerate hypothesis jinja2 matplotlib onnx onnxruntime onnxscript pandas pydantic rich scipy sklearn
-tensorboard timm torchvision typer yaml"""
+HEAVY = """accelerate hypothesis jinja2 matplotlib onnx onnxruntime onnxscript openvino pandas pydantic rich scipy
+sklearn tensorboard timm torchvision typer yaml"""
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -1,15 +1,20 @@
 """Accuracy and latency: what they give, what they leave alone, and what they refuse."""
 
 import copy
-import time
+import json
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from secateur.artifact import read_measurement, save
+from secateur.core import Measurement
 from secateur.errors import BadRequest
 from secateur.graph import trace
-from secateur.measurement import accuracy, inference_runs, interleaved_latency_ms, measure
+from secateur.measurement import accuracy, measure
+from secateur.pipeline import plan
+from secateur.surgery import apply
 
 
 def net() -> nn.Sequential:
@@ -120,30 +125,50 @@ def test_unknown_engine() -> None:
         measure(net(), torch.randn(1, 1, 6, 6), latency=True, engine="onnx")
 
 
-def test_latency_is_the_median_taken_in_turns() -> None:
-    order: list[str] = []
+def test_measure_says_what_was_timed() -> None:
+    found = measure(net(), torch.randn(5, 1, 6, 6), latency=True, engine="channels_last", threads=2, repeats=3)
+    assert found.engine == "channels_last"
+    assert found.latency_ms is not None
+    details = dict(found.details)
+    low, high = details.pop("quartiles_ms")  # type: ignore[misc]
+    assert low <= found.latency_ms <= high
+    assert details.pop("parity") < 1e-5  # type: ignore[operator]
+    # convolution and batch norm, or batch norm and relu: two maps at once
+    assert found.memory == 2 * 5 * 4 * 36 * 4
+    assert details == {
+        "threads": 2,
+        "repeats": 3,
+        "batch": 5,
+        "engine_version": torch.__version__,
+        "memory_held": 2 * 5 * 4 * 36 * 4,
+    }
+    assert found.training_ms is None
 
-    def run(name: str, seconds: list[float]) -> None:
-        order.append(name)
-        time.sleep(seconds.pop(0))
 
-    slow, fast = [0.3, 0.03, 0.03, 0.3], [0.0, 0.0, 0.0, 0.0]
-    rounds: list[tuple[int, int]] = []
-    found = interleaved_latency_ms(
-        {"slow": lambda: run("slow", slow), "fast": lambda: run("fast", fast)},
-        repeats=3,
-        warmup=1,
-        progress=lambda done, total: rounds.append((done, total)),
-    )
-    assert order == ["slow", "fast"] * 4
-    assert 25 < found["slow"] < 150
-    assert found["fast"] < 20
-    assert rounds == [(1, 4), (2, 4), (3, 4), (4, 4)]
+def test_measuring_a_training_step_leaves_the_network_alone() -> None:
+    model = nn.Sequential(net(), nn.Dropout(0.5)).eval()
+    model[0][0].weight.grad = torch.ones_like(model[0][0].weight)
+    inputs = torch.randn(4, 1, 6, 6)
+    before, generator = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    found = measure(model, inputs, training=True, repeats=2)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert found.training_ms is not None
+    assert found.training_ms > 0
+    assert (found.latency_ms, found.memory, found.engine) == (None, None, "")
+    assert found.details["batch"] == 4
+    assert not model.training
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert torch.equal(model[0][0].weight.grad, torch.ones_like(model[0][0].weight))
+    assert model[0][5].weight.grad is None
 
 
-def test_onnxruntime_runs_the_same_network() -> None:
-    model, inputs = net().eval(), torch.randn(2, 1, 6, 6)
-    with inference_runs({"net": model}, inputs, engine="onnxruntime") as runs:
-        out = runs["net"]()
-    assert isinstance(out, list)
-    torch.testing.assert_close(torch.from_numpy(out[0]), model(inputs).detach(), rtol=1e-5, atol=1e-5)
+def test_what_was_measured_is_kept_with_the_network(tmp_path: Path) -> None:
+    model, x = net(), torch.randn(2, 1, 6, 6)
+    made = plan(model, x, ratios=0.5)
+    small = apply(model, made)
+    found = measure(small, x, latency=True, repeats=2, training=True)
+    folder = save(tmp_path / "small", small, made, measurement=found)
+    assert read_measurement(folder) == found
+    old = {"params": 1, "macs": 2, "accuracy": None, "latency_ms": 3.5, "engine": "torch", "device": "cpu"}
+    (folder / "measure.json").write_text(json.dumps({**old, "details": {"threads": 1}}))
+    assert read_measurement(folder) == Measurement(1, 2, latency_ms=3.5, engine="torch", details={"threads": 1})

@@ -36,7 +36,7 @@ def small() -> nn.Module:
 def program(small: nn.Module) -> Any:
     """Exporting costs seconds whatever the network: the tests of what comes after share one."""
     with torch.no_grad():
-        return onnx_file._program(onnx_file._Flat(small, (((onnx_file.flatten(X)[1]),), {})), [X], 18)
+        return onnx_file._program(onnx_file._Flat(small, (((onnx_file.flatten(X)[1]),), {})), [X], 18, True)
 
 
 @pytest.fixture
@@ -163,12 +163,12 @@ def test_a_difference_to_torch_is_an_error_and_an_old_file_stays(
 
 def test_nan_and_shape_are_differences() -> None:
     one, nan = np.ones((2, 2)), np.full((2, 2), np.nan)
-    assert onnx_file._difference([one, nan], [one, nan]) == 0
-    assert onnx_file._difference([nan], [one]) == np.inf
-    assert onnx_file._difference([one], [nan]) == np.inf
-    assert onnx_file._difference([one], [one[:1]]) == np.inf
-    assert onnx_file._difference([one], [one, one]) == np.inf
-    assert onnx_file._difference([one * 3], [one * 2]) == 0.5
+    assert onnx_file.difference([one, nan], [one, nan]) == 0
+    assert onnx_file.difference([nan], [one]) == np.inf
+    assert onnx_file.difference([one], [nan]) == np.inf
+    assert onnx_file.difference([one], [one[:1]]) == np.inf
+    assert onnx_file.difference([one], [one, one]) == np.inf
+    assert onnx_file.difference([one * 3], [one * 2]) == 0.5
 
 
 class FixedBatch(nn.Module):
@@ -226,3 +226,41 @@ def test_more_than_a_file_holds(tmp_path: Path) -> None:
     huge.bias = nn.Parameter(torch.zeros(2**15))
     with pytest.raises(BadRequest, match=r"the network has 4\.0 GiB of tensors; one ONNX file holds less than 2 GiB"):
         export_onnx(huge, tmp_path / "huge.onnx", torch.zeros(1, 2**15))
+
+
+def test_an_opset_that_cannot_express_the_network(tmp_path: Path) -> None:
+    """The exporter would keep a newer one, and only warn."""
+    (tmp_path / "net.onnx").write_text("old")
+    hard = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Hardswish())
+    with pytest.raises(
+        BadRequest,
+        match=r"opset 13 cannot express this network: HardSwish is there since opset 14; what the exporter made is of "
+        r"opset 18\n  do: leave opset out, or ask for a higher one\. No file was written",
+    ):
+        export_onnx(hard, tmp_path / "net.onnx", X, opset=13)
+    assert names(tmp_path) == ["net.onnx"]
+    assert (tmp_path / "net.onnx").read_text() == "old"
+
+
+@pytest.mark.slow
+def test_opsets_that_the_exporter_converts_to_and_cannot(tmp_path: Path) -> None:
+    hard = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Hardswish())
+    assert export_onnx(hard, tmp_path / "net.onnx", X, opset=16).opset == 16
+    with pytest.raises(BadRequest, match=r"opset 17 cannot express this network: newer ones changed Pad; what"):
+        export_onnx(nn.ReflectionPad2d(1), tmp_path / "net.onnx", X, opset=17)
+
+
+@pytest.mark.parametrize("opset", [0, -1, 1000])
+def test_an_opset_that_does_not_exist(tmp_path: Path, small: nn.Module, opset: int) -> None:
+    with pytest.raises(
+        BadRequest, match=rf"opset {opset} does not exist: onnx [\d.]+ knows 1 to \d+\n  do: leave opset"
+    ):
+        export_onnx(small, tmp_path / "small.onnx", X, opset=opset)
+    assert names(tmp_path) == []
+
+
+def test_a_fixed_batch(tmp_path: Path, small: nn.Module) -> None:
+    written = export_onnx(small, tmp_path / "fixed.onnx", X, free_batch=False)
+    assert written.max_difference is not None
+    session = onnxruntime.InferenceSession(str(written.path), providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].shape == list(X.shape)

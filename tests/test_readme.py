@@ -13,8 +13,10 @@ from secateur.recipes import parse_recipe
 from secateur.zoo.torchvision_shim import import_torchvision
 
 ROOT = Path(__file__).parents[1]
-OWN_TESTS = {ROOT / "docs" / name for name in ("how-much-can-i-prune.md", "thinet.md", "fpgm.md")}
-"""The pages that train: test_docs_sensitivity, test_docs_thinet and test_docs_fpgm run them."""
+OWN_TESTS = {
+    ROOT / "docs" / name for name in ("how-much-can-i-prune.md", "thinet.md", "fpgm.md", "int8.md", "engines.md")
+}
+"""The pages that train or measure: a test_docs_... of their own runs each."""
 DOCUMENTS = sorted(set((ROOT / "docs").glob("*.md")) - OWN_TESTS)
 
 
@@ -23,9 +25,10 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
 
 
+@pytest.mark.filterwarnings("ignore:the network takes:secateur.SecateurWarning")  # on a busy machine
 def test_python_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    first, second = blocks("python")
+    first, second, third = blocks("python")
     assert len([line for line in first.splitlines() if line.strip()]) <= 12
     names: dict[str, Any] = {}
     exec(compile(first, "README.md", "exec"), names)
@@ -36,6 +39,10 @@ def test_python_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     exec(compile(second, "README.md", "exec"), names)
     assert len(names["found"].curves) == 12
     assert names["plan"].made_by["sensitivity"]["criterion"] == "l1"
+    exec(compile(third, "README.md", "exec"), names)
+    told = names["plan"].made_by["latency"]
+    assert told["predicted_ms"] <= 0.7 * told["dense_ms"]
+    assert (tmp_path / "fast.int8.onnx").is_file()
 
 
 @pytest.mark.filterwarnings("ignore:torchvision .* does not fit:UserWarning", "ignore::Warning:pytorch_lightning")
@@ -58,15 +65,18 @@ def test_recipes_can_be_read() -> None:
     assert recipe.model.name == "zoo:resnet56"
 
 
+@pytest.mark.filterwarnings("ignore:the network takes:secateur.SecateurWarning")  # on a busy machine
 def test_command_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (block,) = blocks("bash")
-    lines = [shlex.split(line) for line in block.splitlines() if line.strip()]
-    assert [line[:2] for line in lines] == [["secateur", verb] for verb in ("plan", "apply", "measure", "export")]
+    lines = [shlex.split(line, comments=True) for line in block.splitlines() if line.strip()]
+    verbs = ("plan", "apply", "measure", "export", "engines", "plan", "compare")
+    assert [line[:2] for line in lines] == [["secateur", verb] for verb in verbs]
     for _, *arguments in lines:  # the script itself is tried as a process of its own in test_cli
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 0, result.output
     assert (tmp_path / "small.onnx").stat().st_size > 10_000
+    assert (tmp_path / "page.html").is_file()
 
 
 def test_make_targets_named_in_documents_exist() -> None:

@@ -79,6 +79,20 @@ def change(old: str, new: str) -> str:
         (change("name: digits", "name: digit"), "line 2: data: there is no data set 'digit'; did you mean 'digits'?"),
         (change("keep: 0.5", "keep: 0.5, at_most: 3"), "line 5: prune.budget: give one of keep"),
         (change("keep: 0.5", "keep: 1.5"), "line 5: prune.budget.keep: a fraction of the dense cost"),
+        (change("keep: 0.5", "at_most: 0"), "line 5: prune.budget: Budget.at_most=0.0 is not a positive number of"),
+        (change("keep: 0.5", "keep: 0.5, of: latency"), "line 5: prune.budget: a latency is that of an engine"),
+        (
+            change("keep: 0.5", "keep: 0.5, of: latency, engine: onxruntime"),
+            "line 5: prune.budget.engine: there is no engine 'onxruntime'; did you mean 'onnxruntime'?",
+        ),
+        (
+            "".join(
+                line
+                for line in change("keep: 0.5}", "keep: 0.5, of: memory}\n  constants: fold").splitlines(True)
+                if "schedule: {kind" not in line
+            ),
+            "line 5: prune.budget: memory is not foreseen where constants are folded",
+        ),
         (change("budget: {keep: 0.5}", "criterion: l3"), "line 5: prune.criterion: there is no criterion 'l3'"),
         (change("keep: 0.5}", "keep: 0.5}\n  residual: scattered"), "line 6: prune.residual: 'scattered' is none of"),
         (
@@ -179,6 +193,20 @@ FOLDER = "model: {name: some/folder}\ndata: {name: digits}\n"
         (
             NET + "prune: {schedule: {kind: sparse, training: {keep: best}}}\n",
             "would undo the penalty: write keep: last",
+        ),
+        (
+            NET + "measure: {engine: openvin}\n",
+            "line 3: measure.engine: there is no engine 'openvin'; did you mean 'openvi",
+        ),
+        (
+            NET + "measure: {engine: [torch, both]}\n",
+            "line 3: measure.engine.1: there is no engine 'both'; known: 'torch'",
+        ),
+        (NET + "measure: {engine: [torch, all]}\n", "line 3: measure.engine.1: all is for all engines, and others are"),
+        (NET + "measure: {engine: [torch, torch]}\n", "line 3: measure.engine.1: 'torch' is there already"),
+        (
+            NET + "measure: {engine: []}\n",
+            "line 3: measure.engine: an empty list: name an engine, or say all, or latency",
         ),
         (NET + "finetune: {}\ndistil: {features: 1.0}\n", "line 4: distil.features: feature maps are compared on"),
         (

@@ -64,7 +64,7 @@ def test_a_run_leaves_all_that_it_promises(done: Outcome) -> None:
     found = {path.name for path in done.folder.iterdir()}
     assert found == {
         *("recipe.yaml", "environment.json", "run.json", "lock", "log.txt", "metrics.jsonl", "tensorboard", "phases"),
-        *("dense.safetensors", "plan.json", "pruned", "model.onnx", "results.json", "report.html"),
+        *("dense.safetensors", "plan.json", "pruned", "model.onnx", "results.json", "report.html", "report.json"),
     }
     assert not list(done.folder.rglob("*.checkpoint"))
     assert parse_recipe((done.folder / "recipe.yaml").read_text()) == make_recipe(FULL)
@@ -72,7 +72,7 @@ def test_a_run_leaves_all_that_it_promises(done: Outcome) -> None:
     assert noted["seeds"]["recipe"] == 0
     assert noted["sessions"][0]["torch"] == torch.__version__
     assert "pruning" in (done.folder / "log.txt").read_text()
-    assert (done.folder / "report.html").read_text().count("<svg") == 4
+    assert (done.folder / "report.html").read_text().count("<svg") == 10  # each for wide and for narrow screens
 
 
 def test_rows(done: Outcome) -> None:
@@ -80,10 +80,11 @@ def test_rows(done: Outcome) -> None:
     dense, pruned, *others = done.rows
     assert 0.4 * dense.macs < pruned.macs <= 0.5 * dense.macs
     assert all(row.macs == pruned.macs for row in others)
-    assert all(row.latency_ms and row.size and row.accuracy is not None for row in done.rows)
+    assert all(row.latencies_ms and row.size and row.accuracy is not None and row.memory for row in done.rows)
     assert dense.accuracy > 0.3  # type: ignore[operator]
     assert done.rows[3].accuracy > pruned.accuracy  # type: ignore[operator]
-    assert done.engine == "torch, 1 thread"
+    assert all(list(row.latencies_ms) == ["torch"] for row in done.rows)
+    assert done.threads == 1
     assert done.test_images == 359
     assert not done.again
 

@@ -24,16 +24,19 @@ from secateur.errors import (
     SecateurWarning,
     Unreachable,
     WrongModel,
+    WrongOutput,
 )
 from secateur.graph import Graph, trace
 from secateur.groups import find_groups
 from secateur.heads import pool_head
+from secateur.latencies import Latencies, measure_latencies
 from secateur.masks import masked
 from secateur.measurement import measure
 from secateur.onnx_file import export_onnx
 from secateur.optimisers import rebind
 from secateur.pipeline import plan
 from secateur.plans import Plan, compose
+from secateur.quantisation import quantise_onnx
 from secateur.sensitivities import GroupCurve, Sensitivity, ratios_from, sensitivity
 from secateur.surgery import Applied, apply, record
 from secateur.version import __version__
@@ -55,6 +58,7 @@ __all__ = [
     "Group",
     "GroupCurve",
     "GroupView",
+    "Latencies",
     "LawBroken",
     "Measurement",
     "MissingData",
@@ -66,6 +70,7 @@ __all__ = [
     "Slice",
     "Unreachable",
     "WrongModel",
+    "WrongOutput",
     "__version__",
     "apply",
     "compose",
@@ -76,8 +81,10 @@ __all__ = [
     "load",
     "masked",
     "measure",
+    "measure_latencies",
     "plan",
     "pool_head",
+    "quantise_onnx",
     "ratios_from",
     "rebind",
     "record",

@@ -18,13 +18,13 @@ from numbers import Integral, Real
 import numpy as np
 import torch
 
-from secateur.budgets import Ladder, Problem, ladder_of, meet
+from secateur.budgets import UNITS, Ladder, Problem, ladder_of, meet
 from secateur.core import Budget, Group
 from secateur.costs import Cost, make_cost
 from secateur.errors import BadRequest, CannotPrune, nearest
 
 ALLOCATIONS = ("global", "uniform")
-OF = ("macs", "params", "channels")
+OF = ("macs", "params", "channels", "memory", "latency")
 
 
 def allocate(
@@ -37,7 +37,7 @@ def allocate(
     allocation: str = "global",
     exclude: str | Sequence[str] = (),
     min_channels: int = 1,
-    round_to: int = 1,
+    round_to: int | Mapping[str, int] = 1,
     locked: Sequence[Group] = (),
     whole: Mapping[str, str] | None = None,
     losses: Mapping[str, np.ndarray] | None = None,
@@ -49,21 +49,22 @@ def allocate(
     globs, among globs the first that matches counts; a width counts channels of the group; a group of ``n`` keeps
     ``floor(n (1 - ratio) + 1e-9)``, rounded up to ``round_to``). ``budget`` and ``cost`` (index = place in ``groups``;
     not needed for channels): groups that ``ratios`` names keep that width and the others meet the budget. ``exclude``:
-    names or globs that keep everything, whatever ``ratios`` says. ``locked``: only to tell why they cannot be asked
-    for. ``whole``: ``{group: why}`` of free groups that a rule leaves whole. ``losses``: ``{group: [C + 1]}``, what is
-    predicted to be lost at each width; the budget is then met with the least sum of them (see ``budgets.meet``), and
-    ``allocation`` does not count.
+    names or globs that keep everything, whatever ``ratios`` says. ``round_to``: what widths are multiples of, or
+    ``{group: that}`` (1 for groups not listed) where costs fall in steps. ``locked``: only to tell why they cannot be
+    asked for. ``whole``: ``{group: why}`` of free groups that a rule leaves whole. ``losses``: ``{group: [C + 1]}``,
+    what is predicted to be lost at each width; the budget is then met with the least sum of them (see
+    ``budgets.meet``), and ``allocation`` does not count.
 
     Raises ``BadRequest`` for what is out of range, contradictory or matches nothing, ``CannotPrune`` for a request
     that touches only groups which are locked or stay whole, and ``Unreachable``, with the reachable range, for a budget
     that cannot be met.
     """
     _check_request(ratios, budget, allocation)
-    min_channels, round_to = _bounds(budget, min_channels, round_to)
+    min_channels, multiples = _bounds(groups, budget, min_channels, round_to)
     whole = whole or {}
     excluded = excluded_groups(groups, exclude, locked) - whole.keys()
     fixed = fixed_widths(groups, ratios, locked, whole)
-    ladder = ladder_of(groups, min_channels, round_to)
+    ladder = ladder_of(groups, min_channels, multiples)
     width = np.array([g.channels for g in groups], dtype=np.int64)
     free = np.ones(len(groups), dtype=bool)
     for i, group in enumerate(groups):
@@ -112,7 +113,7 @@ def _check_request(ratios: object, budget: object, allocation: str) -> None:
     if ratios is None and budget is None:
         raise BadRequest("nothing says how much to prune\n  do: give ratios, or a budget such as Budget(keep=0.5)")
     if budget is not None:
-        _check_budget(budget)
+        check_budget(budget)
         if ratios is not None and not isinstance(ratios, Mapping):
             raise BadRequest(
                 f"ratios={ratios!r} fixes every group, so nothing is left to meet the budget\n"
@@ -132,20 +133,46 @@ def _check_scores(groups: Sequence[Group], scores: Mapping[str, torch.Tensor]) -
             )
 
 
-def _check_budget(budget: object) -> None:
+def check_budget(budget: object) -> None:
+    """That a budget is one, whatever the network. Raises ``BadRequest``."""
     if not isinstance(budget, Budget):
         raise BadRequest(f"a budget is a Budget(keep=... or at_most=...), not {budget!r}")
     if budget.of not in OF:
         raise BadRequest(f"a budget of {budget.of!r} is not known; known: {', '.join(OF)}")
+    unit, _ = UNITS.get(budget.of, (budget.of, 0))
     if (budget.keep is None) == (budget.at_most is None):
         raise BadRequest(
-            f"a budget has exactly one of keep (a fraction) and at_most (a number of {budget.of}), "
+            f"a budget has exactly one of keep (a fraction) and at_most (a number of {unit}), "
             f"not keep={budget.keep!r} with at_most={budget.at_most!r}"
         )
     if budget.keep is not None and not (_is_number(budget.keep) and 0 < budget.keep <= 1):
         raise BadRequest(f"Budget.keep={budget.keep!r} is not a fraction in (0, 1]: it says what stays")
     if budget.at_most is not None and not (_is_number(budget.at_most) and budget.at_most > 0):
-        raise BadRequest(f"Budget.at_most={budget.at_most!r} is not a positive number of {budget.of}")
+        raise BadRequest(f"Budget.at_most={budget.at_most!r} is not a positive number of {unit}")
+    _check_run(budget)
+
+
+def _check_run(budget: Budget) -> None:
+    """That engine, batch and threads are said where they mean something, and only there."""
+    for name in ("batch", "threads"):
+        if not _is_count(getattr(budget, name)):
+            raise BadRequest(f"Budget.{name}={getattr(budget, name)!r} is not a whole number, 1 or more")
+    if budget.of == "latency":
+        if not isinstance(budget.engine, str):
+            raise BadRequest(
+                f"a latency is that of an engine, and Budget.engine is {budget.engine!r}\n"
+                "  do: say which, as in Budget(keep=0.5, of='latency', engine='onnxruntime')"
+            )
+        return
+    unmeant = {"engine": budget.engine, "threads": budget.threads, "batch": budget.batch}
+    unmeant = {name: value for name, value in unmeant.items() if value not in (None, 1)}
+    if budget.of == "memory":
+        unmeant.pop("batch", None)
+    for name, value in unmeant.items():
+        raise BadRequest(
+            f"Budget.{name}={value!r} means nothing to a budget of {budget.of}, which is counted and not timed\n"
+            f"  do: leave {name} out, or ask for of='latency'"
+        )
 
 
 def _is_number(value: object) -> bool:
@@ -156,9 +183,12 @@ def _is_count(value: object) -> bool:
     return not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= 1
 
 
-def _bounds(budget: Budget | None, min_channels: int, round_to: int) -> tuple[int, int]:
-    """``min_channels`` and ``round_to``, which the budget may carry as well as the call."""
-    pairs = {"min_channels": [min_channels], "round_to": [round_to]}
+def _bounds(
+    groups: Sequence[Group], budget: Budget | None, min_channels: int, round_to: int | Mapping[str, int]
+) -> tuple[int, list[int]]:
+    """``min_channels`` and what the widths of each group are multiples of, both of which the budget may bound too."""
+    by_group = round_to if isinstance(round_to, Mapping) else None
+    pairs = {"min_channels": [min_channels], "round_to": [1 if isinstance(round_to, Mapping) else round_to]}
     if budget is not None:
         pairs["min_channels"].append(budget.min_channels)
         pairs["round_to"].append(budget.round_to)
@@ -169,7 +199,18 @@ def _bounds(budget: Budget | None, min_channels: int, round_to: int) -> tuple[in
     chosen = {value for value in pairs["round_to"] if value != 1}
     if len(chosen) > 1:
         raise BadRequest(f"round_to={round_to} contradicts Budget.round_to={max(chosen - {round_to})}\n  do: give one")
-    return int(max(pairs["min_channels"])), int(max(pairs["round_to"]))
+    most = int(max(pairs["round_to"]))
+    return int(max(pairs["min_channels"])), [math.lcm(most, own) for own in _multiples(groups, by_group or {})]
+
+
+def _multiples(groups: Sequence[Group], round_to: Mapping[str, int]) -> list[int]:
+    names = [group.name for group in groups]
+    for name, value in round_to.items():
+        if name not in names:
+            raise BadRequest(f"round_to: there is no group {name!r}{nearest(str(name), names)}")
+        if not _is_count(value):
+            raise BadRequest(f"round_to[{name!r}]={value!r} is not a whole number of channels, 1 or more")
+    return [int(round_to.get(name, 1)) for name in names]
 
 
 def _matches(

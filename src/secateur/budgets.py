@@ -14,7 +14,12 @@ layers pruned as one), per unit of what removing a channel of the dense network 
 grows as the group gets thinner, so that no layer collapses merely because its channels are expensive. ``uniform``: one
 ratio for all groups; a unit goes as soon as the ratio does not round to a wider one.
 
-Letters: ``G`` groups, ``U`` units, ``B`` choices.
+A peak, as memory is, has no such rate: what is not alive at the worst moment saves nothing, and of two moments that are
+equally bad no group lowers both, perhaps. It is met when every moment is, which is a problem of covering: next goes the
+unit that loses least per byte that it takes off what still exceeds the budget, of all moments together. What in the end
+was not needed is put back like anything else, so that nothing goes that does not help.
+
+Letters: ``G`` groups, ``U`` units, ``B`` choices, ``S`` sums of a peak.
 """
 
 from __future__ import annotations
@@ -26,13 +31,17 @@ import numpy as np
 import torch
 
 from secateur.core import Budget, Group
-from secateur.costs import Cost, evaluate, marginals
+from secateur.costs import Cost, Peak, Polynomial, evaluate, marginals
 from secateur.errors import BadRequest, Unreachable
 from secateur.scores import normalise
 from secateur.tradeoffs import NEAR, Menu, best_of_all, few, least_loss, menu_of
 
 TRIES = 300
 """So many steps the search among more combinations takes at most."""
+
+
+UNITS = {"memory": ("bytes", 0), "latency": ("milliseconds", 4)}
+"""What a budget is a number of and with how many decimals it is told, where not macs, params or channels."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +58,16 @@ class Ladder:
         return np.where(level == 0, self.dense, self.top - (level - 1) * self.step)
 
 
-def ladder_of(groups: Sequence[Group], min_channels: int, round_to: int) -> Ladder:
+def ladder_of(groups: Sequence[Group], min_channels: int, round_to: int | Sequence[int]) -> Ladder:
     """The widths between ``min_channels`` and dense that are multiples of ``round_to``, and dense itself.
 
-    Both are in channels of the writing layer, of which a channel of a group stands for ``partitions``.
+    ``round_to``: for all groups, or ``[G]``, for each. Both are in channels of the writing layer, of which a channel of
+    a group stands for ``partitions``.
     """
     dense = np.array([g.channels for g in groups], dtype=np.int64)
     filters = np.array([g.partitions for g in groups], dtype=np.int64)
-    step = round_to // np.gcd(round_to, filters)
+    multiple = np.asarray(round_to, dtype=np.int64)
+    step = multiple // np.gcd(multiple, filters)
     fewest = -(-min_channels // filters)
     lowest = -(-fewest // step) * step
     top = (dense - 1) // step * step
@@ -125,7 +136,7 @@ def meet(
     if losses is not None:
         level = least_loss(_menu(problem, losses), target)
         return problem.keep(level if problem.cost_at(level) >= NEAR * target else _searched(problem, level, target))
-    units = _units(problem, allocation)
+    units = _units(problem, allocation, target)
     fewest, most = 0, len(units.group)
     while most - fewest > 1:
         middle = (fewest + most) // 2
@@ -141,10 +152,10 @@ def _levels(units: Units, count: int, n_groups: int) -> np.ndarray:
     return np.bincount(units.group[:count], minlength=n_groups)
 
 
-def _units(problem: Problem, allocation: str) -> Units:
+def _units(problem: Problem, allocation: str, target: float) -> Units:
     """All units of the free groups, in the order in which they go."""
     normal = normalise(problem.scores)
-    price = marginals(problem.cost, problem.width)
+    price = _slopes(problem)
     group, level, first, second, loss = [], [], [], [], []
     for i in np.flatnonzero(problem.free & (problem.ladder.levels > 0)).tolist():
         of = problem.groups[i]
@@ -166,7 +177,44 @@ def _units(problem: Problem, allocation: str) -> Units:
         loss.append(share)
     groups, levels = np.concatenate(group), np.concatenate(level)
     order = np.lexsort((levels, groups, np.concatenate(second), np.concatenate(first)))
-    return Units(groups[order], levels[order], np.concatenate(loss)[order])
+    units = Units(groups[order], levels[order], np.concatenate(loss)[order])
+    if allocation == "global" and isinstance(problem.cost, Peak):
+        return _by_turns(problem, problem.cost, units, target)
+    return units
+
+
+def _by_turns(problem: Problem, cost: Peak, units: Units, target: float) -> Units:
+    """The units in the order in which they go to meet a peak; those that need not go follow as they were."""
+    numbers = [np.flatnonzero(units.group == g) for g in range(len(problem.groups))]
+    level, taken = np.zeros(len(numbers), dtype=np.int64), []
+    left = np.array([len(own) for own in numbers])
+    loss = np.array([units.loss[own[0]] if len(own) else 0.0 for own in numbers])
+    while True:
+        keep = problem.keep(level)
+        over = np.maximum(cost.sums(keep[None])[0] - target, 0.0)
+        steps = np.where(left > level, keep - problem.keep(np.minimum(level + 1, left)), 0)
+        gain = np.minimum(cost.falls(keep, steps), over).sum(axis=1)
+        if not gain.any():
+            break
+        g = int(np.argmin(np.divide(loss, gain, out=np.full(len(gain), np.inf), where=gain > 0)))
+        taken.append(numbers[g][level[g]])
+        level[g] += 1
+        loss[g] = units.loss[numbers[g][min(level[g], left[g] - 1)]]
+    rest = np.setdiff1d(np.arange(len(units.group)), taken)
+    order = np.concatenate([np.array(taken, dtype=np.int64), rest])
+    return Units(units.group[order], units.level[order], units.loss[order])
+
+
+def _slopes(problem: Problem) -> np.ndarray:
+    """What a channel of each group saves ``[G]`` while all others are as wide as they start.
+
+    A polynomial is smooth, and the first channel tells. Any other cost may fall in steps, of which a single channel
+    sees nothing or all: there it is the mean over all that the group may lose.
+    """
+    if isinstance(problem.cost, Polynomial):
+        return marginals(problem.cost, problem.width)
+    span = problem.width - problem.keep(problem.ladder.levels)
+    return marginals(problem.cost, problem.width, span) / np.maximum(span, 1)
 
 
 def _layers(group: Group) -> int:
@@ -297,9 +345,10 @@ def _why_unreachable(
         bounds.append(f"{n_fixed} of {len(problem.groups)} groups fixed by ratios")
     if locked:
         bounds.append(f"{len(locked)} groups locked ({locked[0].name!r}: {locked[0].locked})")
+    unit, digits = UNITS.get(budget.of, (budget.of, 0))
     return (
-        f"no choice of channels has at most {target:,.0f} {budget.of}, {target / dense:.4f} of the dense network\n"
-        f"  reachable: {least:,.0f} to {most:,.0f} {budget.of}, {least / dense:.4f} to {most / dense:.4f}\n"
+        f"no choice of channels has at most {target:,.{digits}f} {unit}, {target / dense:.4f} of the dense network\n"
+        f"  reachable: {least:,.{digits}f} to {most:,.{digits}f} {unit}, {least / dense:.4f} to {most / dense:.4f}\n"
         f"  bounded by: {'; '.join(bounds)}\n"
         "  do: ask for a budget in that range, or loosen what bounds it"
     )

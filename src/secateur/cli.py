@@ -14,27 +14,22 @@ import typer
 from typer.core import TyperGroup
 
 import secateur as sc
+from secateur import cli_latencies, cli_measuring, cli_quantising, cli_reporting, cli_sensitivity, cli_training
 from secateur import cli_output as show
-from secateur import cli_sensitivity, cli_training
 from secateur.artifact import save
 from secateur.cli_models import (
     Source,
     Subject,
     open_model,
+    parse_budget,
     parse_constants,
     parse_options,
     parse_ratios,
     parse_shape,
     read_plan,
     remember_model,
-    tensor_bytes,
 )
 from secateur.errors import BadRequest, SecateurError
-from secateur.graph import as_arguments
-from secateur.measurement import ENGINES, inference_runs, interleaved_latency_ms
-from secateur.nests import flatten
-from secateur.onnx_file import export_onnx
-from secateur.report.content import Row, layer_rows
 
 
 class _Group(TyperGroup):
@@ -138,7 +133,9 @@ def inspect(
     "[cyan]secateur plan torchvision:resnet50 --weights r50.pth --at-most 2e9 --round-to 8 -o plan.json[/]\n\n"
     "[cyan]secateur plan zoo:vgg16_cifar --ratio 'features.2*=0.5' --ratio 'features.0=48' -o plan.json[/]\n\n"
     "[cyan]secateur plan zoo:resnet56 --weights r56.pth --sensitivity found --tolerance 0.01 -o plan.json[/]\n\n"
-    "[cyan]secateur plan zoo:resnet56 --weights r56.pth --criterion taylor --data cifar10 -o plan.json[/]"
+    "[cyan]secateur plan zoo:resnet56 --weights r56.pth --criterion taylor --data cifar10 -o plan.json[/]\n\n"
+    "[cyan]secateur plan torchvision:resnet50 --engine onnxruntime --latency 0.5 -o plan.json[/]\n\n"
+    "[cyan]secateur plan timm:efficientnet_lite0 --of memory --keep 0.5 -o plan.json[/]"
 )
 def plan(
     model: Model,
@@ -147,7 +144,12 @@ def plan(
     criterion: Annotated[str, typer.Option(help="How channels are ranked; an unknown name lists them all.")] = "l1",
     keep: Annotated[float | None, typer.Option(help="Fraction of the cost to keep; half, if nothing is said.")] = None,
     at_most: Annotated[float | None, typer.Option(help="The cost allowed, in place of --keep.")] = None,
-    of: Annotated[str, typer.Option(help="What the cost is: macs, params or channels.")] = "macs",
+    of: Annotated[str | None, typer.Option(help="macs (the default), params, channels, memory or latency.")] = None,
+    latency: Annotated[float | None, typer.Option(help="Fraction of the latency to keep, in --engine.")] = None,
+    engine: Annotated[str | None, typer.Option(help="The engine whose latency counts; secateur engines.")] = None,
+    batch: Annotated[int, typer.Option(help="Examples whose memory or latency counts.")] = 1,
+    threads: Annotated[int, typer.Option(help="Threads whose latency counts.")] = 1,
+    latencies: cli_latencies.Given = None,
     ratio: Ratio = None,
     exclude: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Leave these groups; repeatable.")] = None,
     allocation: Annotated[str, typer.Option(help="How a budget is shared: global or uniform.")] = "global",
@@ -170,24 +172,21 @@ def plan(
     base: Base = None,
 ) -> None:
     """Decide which channels go, and write the decision as JSON."""
+    run = {"engine": engine, "batch": batch, "threads": threads}
+    budget, half = parse_budget(keep, at_most, of, latency=latency, run=run)
     source = Source(model, weights, parse_shape(shape), seed, parse_options(option or ()), base)
     images = None if data is None else cli_sensitivity.open_images(data, setting or (), seed)
     subject = _open(source) if images is None else cli_sensitivity.opened(source, images)
     graph = _traced(subject)
     asked = cli_sensitivity.how_much(
-        graph,
-        parse_ratios(ratio or ()),
-        None if keep is None and at_most is None else sc.Budget(keep=keep, at_most=at_most, of=of),  # type: ignore[arg-type]
-        found=sensitivity,
-        tolerance=tolerance,
-        per=per,
-        exclude=tuple(exclude or ()),
+        graph, parse_ratios(ratio or ()), budget, found=sensitivity, tolerance=tolerance, per=per, exclude=exclude or ()
     )
     if asked["ratios"] is None and asked["budget"] is None:
-        asked["budget"] = sc.Budget(keep=0.5, of=of)  # type: ignore[arg-type]
+        asked["budget"] = half
     asked |= {"exclude": tuple(exclude or ()), "allocation": allocation, "residual": residual, "greedy": greedy}
     asked |= {"round_to": round_to, "min_channels": min_channels, "seed": seed}
     asked |= {"constants": parse_constants(constants or ())}
+    asked |= {"latencies": cli_latencies.for_plan(graph, asked.get("budget"), latencies, residual=residual)}
     with show.working("deciding"):
         made = sc.plan(graph, **asked, **cli_sensitivity.evidence(criterion, images, batches))
     _write_text(output, remember_model(made, source).to_json())
@@ -217,80 +216,20 @@ def apply(
     show.say(f"parameters {before:,} → {after:,} ({100 * after / before:.1f} %); saved in {output}/")
 
 
-@app.command(epilog="[bold]Example:[/]  [cyan]secateur measure small --latency --engine onnxruntime[/]")
-def measure(
-    model: Model,
-    weights: Weights = None,
-    shape: Shape = None,
-    seed: Seed = 0,
-    option: Options = None,
-    base: Base = None,
-    latency: Annotated[bool, typer.Option("--latency/--no-latency", help="Time it: median of one batch.")] = True,
-    engine: Annotated[str, typer.Option(help="torch, onnxruntime, or both.")] = "torch",
-    threads: Annotated[int, typer.Option(help="Threads while timing.")] = 1,
-) -> None:
-    """Print the per-layer table, totals, size and latency; of a saved folder beside its dense network."""
-    subject = _open(Source(model, weights, parse_shape(shape), seed, parse_options(option or ()), base))
-    engines = _engines(engine) if latency else []
-    subjects = [subject]
-    if subject.dense is not None:
-        size = tensor_bytes(subject.dense)
-        subjects = [Subject("dense", subject.dense, subject.inputs, size, trained=False, built=subject.built), subject]
-    graphs = [_traced(each) for each in subjects]
-    layers = layer_rows(sc.layer_table(graphs[0]), sc.layer_table(graphs[-1]))
-    show.out().print(show.layers_table(layers, pruned=subject.dense is not None))
-    _print_rows(subjects, graphs, engines, threads)
-
-
-@app.command(epilog="[bold]Example:[/]  [cyan]secateur compare zoo:resnet56 small --engine both[/]")
-def compare(
-    a: Model,
-    b: Model,
-    shape: Shape = None,
-    seed: Seed = 0,
-    option: Options = None,
-    latency: Annotated[bool, typer.Option("--latency/--no-latency", help="Time them in turns.")] = True,
-    engine: Annotated[str, typer.Option(help="torch, onnxruntime, or both.")] = "torch",
-    threads: Annotated[int, typer.Option(help="Threads while timing.")] = 1,
-) -> None:
-    """Two networks side by side, timed in turns on inputs of the same shape."""
-    engines = _engines(engine) if latency else []
-    options = parse_options(option or ())
-    subjects = [_open(Source(name, None, parse_shape(shape), seed, options)) for name in (a, b)]
-    _print_rows(subjects, [_traced(subject) for subject in subjects], engines, threads)
-
-
-@app.command(
-    epilog="[bold]Examples:[/]\n\n[cyan]secateur export small -o small.onnx[/]\n\n"
-    "[cyan]secateur export small --model mypackage.nets:net -o small.onnx[/]"
-)
-def export(
-    model: Model,
-    output: Output,
-    base: Base = None,
-    weights: Weights = None,
-    shape: Shape = None,
-    seed: Seed = 0,
-    option: Options = None,
-) -> None:
-    """Write ONNX with a dynamic batch, and compare it with torch in ONNX Runtime."""
-    subject = _open(Source(model, weights, parse_shape(shape), seed, parse_options(option or ()), base))
-    with show.working("exporting"):
-        written = export_onnx(subject.model, output, subject.inputs)
-    show.say(
-        f"{output}: {show.short_bytes(written.bytes)}, opset {written.opset}, "
-        f"largest difference to torch {written.max_difference:.1e}"
-    )
-
-
+cli_measuring.register(app)
+cli_latencies.register(app)
+cli_quantising.register(app)
 cli_sensitivity.register(app)
 cli_training.register(app)
+cli_reporting.register(app)
 
 
 def _tell_plan(made: sc.Plan, subject: Subject, output: Path) -> None:
     show.out().print(show.plan_table(made))
     kept = sum(len(indices) for indices in made.keep.values())
     total = sum(group.channels for group in made.groups)
+    for line in show.cost_lines(made):
+        show.say(line)
     show.say(f"keeps {kept:,} of {total:,} channels; written to {output}")
     if not subject.trained:
         show.err().print("[yellow]note:[/] the weights are random: --weights FILE ranks those of your trained network")
@@ -301,51 +240,9 @@ def _open(source: Source) -> Subject:
         return open_model(source)
 
 
-def _engines(engine: str) -> list[str]:
-    if engine != "both" and engine not in ENGINES:
-        raise BadRequest(f"unknown engine {engine!r}; known: {', '.join(ENGINES)}, both")
-    return list(ENGINES) if engine == "both" else [engine]
-
-
 def _traced(subject: Subject) -> sc.Graph:
     with show.working(f"tracing {subject.name}"):
         return sc.trace(subject.model, subject.inputs)
-
-
-def _print_rows(subjects: list[Subject], graphs: list[sc.Graph], engines: list[str], threads: int) -> None:
-    """The table of networks, once per engine (latencies of two engines are not to be compared in one column)."""
-    counts = [sc.count(graph) for graph in graphs]
-    repeated = len({subject.name for subject in subjects}) < len(subjects)
-    names = [f"{subject.name} #{place}" if repeated else subject.name for place, subject in enumerate(subjects, 1)]
-    for engine in engines or [""]:
-        times = _timed(dict(zip(names, subjects, strict=True)), engine, threads) if engine else {}
-        rows = [
-            Row(name, int(c.params), int(c.macs), size=s.size, latency_ms=times.get(name))
-            for name, s, c in zip(names, subjects, counts, strict=True)
-        ]
-        label = f"{engine}, {show.number(threads, 'thread')}" if engine else ""
-        show.out().print(show.networks_table(rows, title="Networks", engine=label))
-
-
-def _timed(subjects: dict[str, Subject], engine: str, threads: int) -> dict[str, float]:
-    first, *others = subjects.values()
-    for other in others:
-        _same_inputs(first, other)
-    models = {name: subject.model for name, subject in subjects.items()}
-    with (
-        inference_runs(models, first.inputs, engine=engine, threads=threads) as runs,
-        show.bar(f"timing in {engine}") as update,
-    ):
-        return interleaved_latency_ms(runs, threads=threads, progress=lambda done, total: update(done, total, ""))
-
-
-def _same_inputs(first: Subject, second: Subject) -> None:
-    shapes = [[list(t.shape) for t in flatten(as_arguments(s.inputs))[0]] for s in (first, second)]
-    if shapes[0] != shapes[1]:
-        raise BadRequest(
-            f"{first.name} is run on {shapes[0]} and {second.name} on {shapes[1]}: their latencies cannot be compared\n"
-            "  do: give both one shape with --input, or leave the timing out with --no-latency"
-        )
 
 
 def _write_text(path: Path, text: str) -> None:

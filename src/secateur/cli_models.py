@@ -20,6 +20,8 @@ from torch import nn
 
 from secateur import artifact
 from secateur.artifact import WEIGHTS_FILE, load
+from secateur.core import Budget
+from secateur.engines import find_engine, installed
 from secateur.errors import BadArtifact, BadPlan, BadRequest, nearest
 from secateur.graph import Inputs
 from secateur.heads import pool_head
@@ -30,6 +32,7 @@ from secateur.zoo.names import build, example_inputs
 from secateur.zoo.weights import load_weights
 
 FORMS = "write zoo:NAME, torchvision:NAME, timm:NAME, package.module:function, or a folder that secateur apply saved"
+ALL = "all"
 LIBRARIES = ("zoo:", "torchvision:", "timm:")
 SHAPE_OPTIONS = tuple(
     "classes num_classes in_channels in_chans img_size image_size shortcut head widths inner hidden".split()
@@ -151,6 +154,27 @@ def parse_ratios(given: Sequence[str]) -> float | dict[str, float] | None:
     return ratios or None
 
 
+def parse_budget(
+    keep: float | None, at_most: float | None, of: str | None, *, latency: float | None, run: Mapping[str, Any]
+) -> tuple[Budget | None, Budget]:
+    """The budget that was asked for, if any, and the one to take where nothing says how much goes: half of the cost.
+
+    ``latency``: the fraction of it to keep, which stands for a budget of its own. ``run``: engine, batch and threads.
+    """
+    if latency is not None:
+        others = {"--keep": keep, "--at-most": at_most, "--of": None if of == "latency" else of}
+        for name, value in others.items():
+            if value is not None:
+                raise BadRequest(
+                    f"--latency {latency:g} is a budget, and {name} {value} says another one\n"
+                    "  do: give --latency, or --keep or --at-most with --of latency"
+                )
+        keep, of = latency, "latency"
+    kind: Any = of or "macs"
+    asked = Budget(keep=keep, at_most=at_most, of=kind, **run)
+    return (None if keep is None and at_most is None else asked), dataclasses.replace(asked, keep=0.5, at_most=None)
+
+
 def parse_constants(given: Sequence[str]) -> str | dict[str, str]:
     """``["fold"]`` as it is, ``["layer1.*=drop", "*=fold"]`` as a mapping; nothing as ``"drop"``."""
     found = {pattern: value for pattern, _, value in (text.rpartition("=") for text in given)}
@@ -160,6 +184,19 @@ def parse_constants(given: Sequence[str]) -> str | dict[str, str]:
             f"  do: write '*={found['']}', as the last one"
         )
     return found.get("", found) or "drop"
+
+
+def parse_engines(given: Sequence[str]) -> list[str]:
+    """``["torch,openvino", "inductor"]`` as three names; ``all`` is every engine that is installed, and nothing torch.
+
+    Raises BadRequest for an unknown engine, MissingExtra for one that is not installed.
+    """
+    names = [name.strip() for text in given for name in text.split(",") if name.strip()]
+    if ALL in names:
+        return installed()
+    for name in names:
+        find_engine(name)
+    return list(dict.fromkeys(names)) or ["torch"]
 
 
 def parse_options(given: Sequence[str]) -> dict[str, Any]:

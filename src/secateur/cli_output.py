@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from rich.box import HEAVY_HEAD, SIMPLE_HEAD
@@ -25,8 +26,8 @@ from rich.table import Table
 
 from secateur.core import Group
 from secateur.plans import Plan
-from secateur.report.content import LayerRow, Row
-from secateur.report.page import change, short_bytes, short_count
+from secateur.report.answers import change, ms_text, short_bytes, short_count
+from secateur.report.content import LayerRow, Row, engines_of
 from secateur.report.sensitivities import as_percent, score_text
 from secateur.sensitivities import Sensitivity
 from secateur.sensitivities.choice import SLACK, largest_ratio
@@ -84,30 +85,78 @@ def bar(text: str, total: int | None = None, *, passing: bool = False) -> Iterat
         yield update
 
 
+def print_networks(rows: Sequence[Row], *, title: str = "", threads: int = 1) -> None:
+    """Networks as rows; where they were timed in several engines, or the terminal is too narrow for their latencies
+    too, a second table with those."""
+    engines = engines_of(rows)
+    beside = len(engines) == 1 and not (_is_narrow() and any(row.memory is not None for row in rows))
+    out().print(
+        networks_table(rows, title=title, engine=f"{engines[0]}, {number(threads, 'thread')}" if beside else "")
+    )
+    if engines and not beside:
+        out().print(latencies_table(rows, threads=threads))
+
+
 def networks_table(rows: Sequence[Row], *, title: str = "", engine: str = "") -> Table:
-    """Networks as rows, with those columns that any of them has; changes against the first row. It fits 80 columns."""
+    """Networks as rows, with those columns that any of them has; changes against the first row. It fits 80 columns.
+
+    ``engine``: what stands above the latency; without it, latencies are left to a table of their own.
+    """
     dense = rows[0]
-    narrow = out().width < 110
+    narrow = _is_narrow()
     gap = "\n" if narrow else " "
-    frame = SIMPLE_HEAD if narrow else HEAVY_HEAD
-    table = Table(title=title or None, title_justify="left", title_style="bold", header_style="dim", box=frame)
-    if narrow:
-        table.padding, table.pad_edge = (0, 1, 0, 0), False
+    memory = any(row.memory is not None for row in rows)
+    number_text = short_count if narrow and memory else lambda number: f"{number:,}"
+    table = _framed(title, narrow=narrow)
     table.add_column("network", no_wrap=True)
     shown: list[tuple[str, Callable[[Row], str]]] = []
     if any(row.accuracy is not None for row in rows):
         shown.append(("accuracy", lambda row: "–" if row.accuracy is None else f"{100 * row.accuracy:.2f} %"))
-    shown.append(("params", lambda row: _versus(row.params, dense.params, gap, first=row is dense)))
-    shown.append(("MACs", lambda row: _versus(row.macs, dense.macs, gap, first=row is dense)))
+    for heading, name in (("params", "params"), ("MACs", "macs")):
+        shown.append((heading, partial(_versus, name=name, dense=dense, gap=gap, text=number_text)))
     if any(row.size is not None for row in rows):
         shown.append(("file", lambda row: "–" if row.size is None else short_bytes(row.size)))
-    if any(row.latency_ms is not None for row in rows):
-        label = "\n".join(["latency", *(engine.split(", ") if narrow else [engine])]).rstrip()
-        shown.append((label, lambda row: "–" if row.latency_ms is None else f"{row.latency_ms:.3f} ms"))
+    if memory:
+        heading = f"peak{gap}memory"
+        shown.append((heading, lambda row: "–" if row.memory is None else short_bytes(row.memory)))
+    if engine:
+        label = "\n".join(["latency", *(engine.split(", ") if narrow else [engine])])
+        shown.append((label, lambda row: "–" if row.fastest is None else f"{row.fastest[1]:.3f} ms"))
     for heading, _ in shown:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(escape(row.name), *[value(row) for _, value in shown])
+    return table
+
+
+def latencies_table(rows: Sequence[Row], *, threads: int = 1) -> Table:
+    """Milliseconds of every network in every engine, the fastest engine of each in green; last, how many times as fast
+    as the first network in *its* fastest engine it is in its own."""
+    table = _framed(f"Latency, ms, {number(threads, 'thread')}", narrow=_is_narrow())
+    table.add_column("network", no_wrap=True)
+    engines = engines_of(rows)
+    for heading in (*(engine.replace("_", "\n") for engine in engines), "speed"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        best = row.fastest
+        cells = []
+        for engine in engines:
+            text = ms_text(row.latencies_ms[engine]) if engine in row.latencies_ms else "–"
+            cells.append(f"[green]{text}[/]" if best is not None and best[0] == engine else text)
+        speed = f"{rows[0].fastest[1] / best[1]:.2f} ×" if best is not None and rows[0].fastest is not None else "–"
+        table.add_row(escape(row.name), *cells, speed)
+    return table
+
+
+def _is_narrow() -> bool:
+    return out().width < 110
+
+
+def _framed(title: str, *, narrow: bool) -> Table:
+    frame = SIMPLE_HEAD if narrow else HEAVY_HEAD
+    table = Table(title=title or None, title_justify="left", title_style="bold", header_style="dim", box=frame)
+    if narrow:
+        table.padding, table.pad_edge = (0, 1, 0, 0), False
     return table
 
 
@@ -178,6 +227,23 @@ def plan_table(plan: Plan) -> Table:
     return table
 
 
+def cost_lines(plan: Plan) -> list[str]:
+    """What a plan that met a budget of memory or latency says about it."""
+    budget, memory, latency = (plan.made_by.get(key) or {} for key in ("budget", "memory", "latency"))
+    lines = []
+    if memory:
+        before, after = (short_bytes(memory[key]) for key in ("dense", "pruned"))
+        lines.append(f"activations of {number(budget['batch'], 'example')} need {before} → {after} of memory")
+    if latency:
+        measured = f", measured {latency['measured_ms']:.3g} ms" if "measured_ms" in latency else ""
+        lines.append(
+            f"{budget['engine']} {latency['version']}, batch {budget['batch']}, "
+            f"{number(budget['threads'], 'thread')}: {latency['dense_ms']:.3g} → {latency['predicted_ms']:.3g} ms "
+            f"predicted{measured}; its layers were timed in {latency['seconds']:.0f} s"
+        )
+    return lines
+
+
 def sensitivity_table(found: Sensitivity, tolerance: float, *, retrained: bool = False) -> Table:
     """The score of each group at every ratio: red where it is more than ``tolerance`` below the dense one's, else
     green; last, up to which ratio it never was."""
@@ -225,8 +291,10 @@ def _cells(
     return width, f"{macs[1]:,}", _percent(macs[1], macs[0]), f"{params[1]:,}", _percent(params[1], params[0])
 
 
-def _versus(value: int, dense: int, gap: str, *, first: bool) -> str:
-    return f"{value:,}" if first else f"{value:,}{gap}[dim]({change(dense, value)})[/]"
+def _versus(row: Row, *, name: str, dense: Row, gap: str, text: Callable[[float], str]) -> str:
+    """A count, and its change against the first row's."""
+    value, before = getattr(row, name), getattr(dense, name)
+    return text(value) if row is dense else f"{text(value)}{gap}[dim]({change(before, value)})[/]"
 
 
 def _percent(part: float, whole: float) -> str:
@@ -240,6 +308,7 @@ __all__ = [
     "groups_json",
     "groups_table",
     "key_values",
+    "latencies_table",
     "layers_table",
     "locked_table",
     "networks_table",
@@ -247,6 +316,7 @@ __all__ = [
     "out",
     "plan_table",
     "print_error",
+    "print_networks",
     "say",
     "sensitivity_table",
     "short_bytes",

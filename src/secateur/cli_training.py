@@ -224,7 +224,7 @@ def _print_outcome(outcome: Outcome, tolerance: float) -> None:
         show.say(f"the run in {outcome.folder} was finished before; these are its results")
     if outcome.sensitivity is not None:
         show.out().print(show.sensitivity_table(outcome.sensitivity, tolerance))
-    show.out().print(show.networks_table(outcome.rows, engine=outcome.engine))
+    show.print_networks(outcome.rows, threads=outcome.threads)
     show.say(f"accuracy on {outcome.test_images} test images; all of it in {outcome.folder}/")
 
 

@@ -135,16 +135,23 @@ class Criterion(Protocol):
 class Budget:
     """What the pruned network may cost.
 
-    Exactly one of ``keep`` (fraction of the dense cost) and ``at_most`` (absolute: MACs, parameters, or channels).
-    The result lies within [0.99, 1.00] of it where the groups allow, and never above. Every pruned group keeps at
-    least ``min_channels``; kept widths are multiples of ``round_to`` (the dense width itself is always allowed).
+    Exactly one of ``keep`` (fraction of the dense cost) and ``at_most`` (absolute: MACs of one example, parameters,
+    channels, bytes of memory, or milliseconds of latency). The result lies within [0.99, 1.00] of it where the groups
+    allow, and never above. Every pruned group keeps at least ``min_channels``; kept widths are multiples of
+    ``round_to`` (the dense width itself is always allowed).
+
+    Memory is what the activations of ``batch`` examples need at once in inference, each freed after its last use: what
+    ``measure(...).memory`` finds. Latency is that of ``batch`` examples in an ``engine`` on ``threads`` threads.
     """
 
     keep: float | None = None
     at_most: float | None = None
-    of: Literal["macs", "params", "channels"] = "macs"
+    of: Literal["macs", "params", "channels", "memory", "latency"] = "macs"
     min_channels: int = 1
     round_to: int = 1
+    engine: str | None = None
+    batch: int = 1
+    threads: int = 1
 
 
 @dataclass(frozen=True)
@@ -182,8 +189,25 @@ class Turnover:
 
 
 @dataclass(frozen=True)
+class Timing:
+    """How long one batch takes, in milliseconds: the median of ``runs`` runs, the quartiles below and above it, and the
+    ``least``, which is what an undisturbed machine would take."""
+
+    ms: float
+    low: float
+    high: float
+    least: float
+    runs: int
+
+
+@dataclass(frozen=True)
 class Measurement:
-    """What a network costs and how well it does. ``latency_ms``: median of one batch."""
+    """What a network costs and how well it does.
+
+    ``macs``: of one example. ``latency_ms``: the median of one batch in ``engine``; ``memory``: bytes, the peak of the
+    activations of one batch (``memory.py`` says of what); ``training_ms``: median of one batch forward and backward.
+    ``details``: threads, batch, number of runs, quartiles, the engine's version and its difference to torch.
+    """
 
     params: int
     macs: int
@@ -191,6 +215,8 @@ class Measurement:
     latency_ms: float | None = None
     engine: str = ""
     device: str = "cpu"
+    memory: int | None = None
+    training_ms: float | None = None
     details: Mapping[str, object] = field(default_factory=dict)
 
 

@@ -8,6 +8,7 @@
     │   └── Unreachable    a budget that no choice of channels can meet; says what can be reached
     ├── BadPlan            a plan is malformed, hand-edited or hostile
     ├── WrongModel         a plan or file belongs to another network; names the first tensor that differs
+    ├── WrongOutput        an engine computes something else than torch: nothing is timed
     ├── BadArtifact        a saved folder is missing, truncated or cannot be written
     ├── BadData            images or labels are damaged; names the file
     │   └── MissingData    a data set is not there; says where it was looked for and how to get it
@@ -58,6 +59,10 @@ class BadPlan(SecateurError, ValueError):
 
 class WrongModel(SecateurError):
     """A plan or a file of weights that belongs to another network."""
+
+
+class WrongOutput(SecateurError):
+    """An engine's outputs are not torch's; nothing that it runs is timed."""
 
 
 class BadArtifact(SecateurError):

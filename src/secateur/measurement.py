@@ -1,39 +1,30 @@
-"""What a network costs and how well it does: parameters, MACs, accuracy, latency.
+"""What a network costs and how well it does: parameters, MACs, accuracy, latency, memory.
 
-A latency is the median over many single runs after a warm-up, on a stated number of threads. Networks that are to be
-compared are timed in turns, one run of each, round after round: a machine that slows down for a second then slows them
-all, and the ratio survives. Nothing about the network is changed: the train or eval mode of every module and torch's
-thread count are put back.
+How time is measured is said in ``timing.py``, what memory means in ``memory.py``. Nothing about the network is changed:
+the train or eval mode of every module and torch's thread count are put back.
 
 Shapes: ``B`` batch, ``K`` classes.
 """
 
 from __future__ import annotations
 
-import statistics
-import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
 from secateur.capture import in_mode
-from secateur.core import Measurement
+from secateur.core import Measurement, Timing
 from secateur.counting import count
-from secateur.errors import BadRequest, MissingExtra, nearest
+from secateur.engines import checked_parity, find_engine, prepare_all
+from secateur.engines.eager import device_of
+from secateur.errors import BadRequest
 from secateur.graph import Graph, Inputs, as_arguments
+from secateur.memory import activation_memory
 from secateur.nests import flatten
-from secateur.onnx_file import export_onnx
 from secateur.processes import sum_over_processes_
-
-Engine = Literal["torch", "onnxruntime"]
-ENGINES: tuple[Engine, ...] = ("torch", "onnxruntime")
-Run = Callable[[], object]
-"""One inference of one network on one fixed batch."""
+from secateur.timing import take_turns, training_steps
 
 
 def measure(
@@ -45,37 +36,72 @@ def measure(
     engine: str = "torch",
     threads: int = 1,
     repeats: int = 30,
+    training: bool = False,
 ) -> Measurement:
-    """Parameters and MACs of ``model`` on ``example_inputs``; with ``data`` its accuracy, with ``latency`` its speed.
+    """Parameters and MACs of ``model`` on ``example_inputs``; with ``data`` its accuracy, with ``latency`` its speed
+    and memory, with ``training`` how long a training step takes.
 
     ``example_inputs``: a tensor, a tuple (positional) or a dict (keyword). ``data``: batches ``(inputs, targets)``,
     targets ``[B]`` of class indices. MACs are those of one example; ``latency_ms`` is that of the whole batch, the
-    median of ``repeats`` runs in ``engine`` (``"torch"`` or ``"onnxruntime"``) on ``threads`` threads.
+    median of ``repeats`` runs in ``engine`` (``engines.ENGINES``) on ``threads`` threads, and ``memory`` the bytes that
+    its activations need. ``training_ms``: forward in train mode and backward, in torch. ``details``: batch, threads,
+    runs, quartiles, the engine's version and how far its outputs are from torch's.
 
-    Raises BadRequest for an unknown engine, empty data or outputs that are not class scores, MissingExtra where
-    ONNX Runtime is asked for and not installed.
+    Raises ``BadRequest`` for an unknown engine, empty data or outputs that are not class scores, ``MissingExtra`` where
+    the engine is not installed, ``WrongOutput`` where it computes something else than torch, and what else
+    ``engines.prepare_all`` does.
 
     >>> sc.measure(model, torch.randn(1, 3, 224, 224), latency=True).latency_ms    # doctest: +SKIP
     """
-    _check_engine(engine)
+    find_engine(engine)
     counted = count(model, example_inputs)
     net = model.model if isinstance(model, Graph) else model
     inputs: Any = (
         (model.args or model.kwargs) if isinstance(model, Graph) and example_inputs is None else example_inputs
     )
-    median_ms = None
-    if latency:
-        with inference_runs({"": net}, inputs, engine=engine, threads=threads) as runs:
-            median_ms = interleaved_latency_ms(runs, repeats=repeats, threads=threads)[""]
+    details: dict[str, object] = {}
+    timed = _time_inference(net, inputs, engine, threads, repeats, details) if latency else None
+    memory = activation_memory(net, inputs) if latency else None
+    if memory is not None:
+        details |= {"memory_held": memory.held}
+        details |= {} if memory.allocated is None else {"memory_allocated": memory.allocated}
+    trained = _time_training(net, inputs, threads, repeats, details) if training else None
     return Measurement(
         params=int(counted.params),
         macs=int(counted.macs),
         accuracy=None if data is None else accuracy(net, data),
-        latency_ms=median_ms,
+        latency_ms=None if timed is None else timed.ms,
         engine=engine if latency else "",
-        device=str(_device(net)),
-        details={"threads": threads, "repeats": repeats} if latency else {},
+        device=str(device_of(net)),
+        memory=None if memory is None else memory.needed,
+        training_ms=None if trained is None else trained.ms,
+        details=details,
     )
+
+
+def _time_inference(
+    net: nn.Module, inputs: Inputs, engine: str, threads: int, repeats: int, details: dict[str, object]
+) -> Timing:
+    chosen = find_engine(engine)
+    with prepare_all({"": net}, inputs, engine=engine, threads=threads, check=False) as runs:
+        details["parity"] = checked_parity(runs[""], net, inputs, engine=chosen)
+        timed = take_turns(runs, repeats=repeats, threads=threads)[""]
+    details |= {"engine_version": chosen.version(), "quartiles_ms": [timed.low, timed.high]}
+    details |= {"threads": threads, "repeats": repeats, "batch": batch_of(inputs)}
+    return timed
+
+
+def _time_training(net: nn.Module, inputs: Inputs, threads: int, repeats: int, details: dict[str, object]) -> Timing:
+    with training_steps({"": net}, inputs, threads=threads) as steps:
+        timed = take_turns(steps, repeats=repeats, threads=threads)[""]
+    details |= {"training_quartiles_ms": [timed.low, timed.high]}
+    details |= {"threads": threads, "repeats": repeats, "batch": batch_of(inputs)}
+    return timed
+
+
+def batch_of(example_inputs: Inputs) -> int:
+    """The length of axis 0 of the first input that has axes."""
+    return next((len(t) for t in flatten(as_arguments(example_inputs))[0] if t.dim()), 1)
 
 
 def accuracy(model: nn.Module, data: Iterable[Any], *, reduce: bool = False) -> float:
@@ -86,7 +112,7 @@ def accuracy(model: nn.Module, data: Iterable[Any], *, reduce: bool = False) -> 
     the fraction of the whole. Raises BadRequest where the model does not, or where there are no samples.
     """
     right = total = 0
-    device = _device(model)
+    device = device_of(model)
     # no inference_mode: what the model keeps of its first forward (a table of positions) must do for training too
     with in_mode(model, False), torch.no_grad():
         for batch in data:
@@ -113,109 +139,6 @@ def accuracy(model: nn.Module, data: Iterable[Any], *, reduce: bool = False) -> 
     if not total:
         raise BadRequest("data has no batches (an iterator that was read before?)\n  do: pass a DataLoader or a list")
     return right / total
-
-
-def interleaved_latency_ms(
-    runs: Mapping[str, Run],
-    *,
-    repeats: int = 30,
-    warmup: int = 5,
-    threads: int = 1,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, float]:
-    """The median milliseconds of every run, taken in turns: ``repeats`` rounds of one run each after ``warmup``.
-
-    ``threads`` is torch's thread count meanwhile; it is restored. ``progress(done, rounds)`` is called after a round.
-    """
-    if repeats < 1 or warmup < 0 or threads < 1:
-        raise BadRequest(f"repeats and threads must be at least 1, warmup at least 0: {repeats}, {threads}, {warmup}")
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        for turn in range(warmup + repeats):
-            for name, run in runs.items():
-                start = time.perf_counter()
-                run()
-                if turn >= warmup:
-                    times[name].append((time.perf_counter() - start) * 1e3)
-            if progress is not None:
-                progress(turn + 1, warmup + repeats)
-    finally:
-        torch.set_num_threads(before)
-    return {name: statistics.median(taken) for name, taken in times.items()}
-
-
-@contextmanager
-def inference_runs(
-    models: Mapping[str, nn.Module], example_inputs: Inputs, *, engine: str = "torch", threads: int = 1
-) -> Iterator[dict[str, Run]]:
-    """A run per model on the same batch, ready to be timed, while the context is open.
-
-    ``engine="torch"``: eval mode under ``no_grad`` on the model's own device, waiting for it to finish.
-    ``engine="onnxruntime"``: on the CPU, from a file that is there only meanwhile.
-    """
-    _check_engine(engine)
-    args, kwargs = as_arguments(example_inputs)
-    with ExitStack() as stack:
-        for model in models.values():
-            stack.enter_context(in_mode(model, False))
-        if engine == "torch":
-            yield {name: _torch_run(model, args, kwargs) for name, model in models.items()}
-            return
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="secateur-")))
-        runs = {}
-        for number, (name, model) in enumerate(models.items()):
-            file = folder / f"{number}.onnx"
-            export_onnx(model, file, example_inputs, check=False)
-            runs[name] = onnx_run(file, example_inputs, threads=threads)
-        yield runs
-
-
-def onnx_run(path: str | Path, example_inputs: Inputs, *, threads: int = 1) -> Run:
-    """A run of an ONNX file in ONNX Runtime on ``example_inputs``; returns the list of output arrays.
-
-    Raises MissingExtra where ONNX Runtime is not installed.
-    """
-    try:
-        import onnxruntime as ort
-    except ImportError as error:
-        raise MissingExtra("latency in ONNX Runtime needs onnxruntime\n  do: pip install 'secateur[export]'") from error
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    args, kwargs = as_arguments(example_inputs)
-    flat, _ = flatten((args, kwargs))
-    feed = {slot.name: x.detach().cpu().numpy() for slot, x in zip(session.get_inputs(), flat, strict=True)}
-    return lambda: session.run(None, feed)
-
-
-def _torch_run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
-    device = _device(model)
-    args = tuple(_to(a, device) for a in args)
-    kwargs = {k: _to(v, device) for k, v in kwargs.items()}
-
-    def run() -> object:
-        with torch.no_grad():  # for the reason given in ``accuracy``
-            out = model(*args, **kwargs)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return out
-
-    return run
-
-
-def _check_engine(engine: str) -> None:
-    if engine not in ENGINES:
-        raise BadRequest(f"unknown engine {engine!r}{nearest(engine, ENGINES)}")
-
-
-def _device(model: nn.Module) -> torch.device:
-    for tensor in [*model.parameters(), *model.buffers()]:
-        return tensor.device
-    return torch.device("cpu")
 
 
 def _to(value: Any, device: torch.device) -> Any:

@@ -45,15 +45,15 @@ class _Leaf:
 def flatten(value: Any) -> tuple[list[torch.Tensor], Any]:
     """The tensors in a nest of tuples, lists, dicts and dataclasses, and the nest with their places marked."""
     tensors: list[torch.Tensor] = []
+    return tensors, _marked(value, tensors)
 
-    def mark(v: Any) -> Any:
-        if isinstance(v, torch.Tensor):
-            tensors.append(v)
-            return _Leaf(len(tensors) - 1)
-        return _map_container(mark, v)
 
-    skeleton = mark(value)
-    return tensors, skeleton
+def _marked(value: Any, tensors: list[torch.Tensor]) -> Any:
+    # no function that knows itself: the cycle would hold the tensors until garbage is collected
+    if isinstance(value, torch.Tensor):
+        tensors.append(value)
+        return _Leaf(len(tensors) - 1)
+    return _map_container(lambda inner: _marked(inner, tensors), value)
 
 
 def leaves(skeleton: Any) -> list[Any]:
@@ -72,11 +72,9 @@ def leaves(skeleton: Any) -> list[Any]:
 
 def unflatten(skeleton: Any, tensors: Sequence[torch.Tensor]) -> Any:
     """The inverse of ``flatten``."""
-
-    def fill(v: Any) -> Any:
-        return tensors[v.index] if isinstance(v, _Leaf) else _map_container(fill, v)
-
-    return fill(skeleton)
+    if isinstance(skeleton, _Leaf):
+        return tensors[skeleton.index]
+    return _map_container(lambda inner: unflatten(inner, tensors), skeleton)
 
 
 def _map_container(function: Callable[[Any], Any], value: Any) -> Any:

@@ -52,19 +52,24 @@ def export_onnx(
     example_inputs: Inputs,
     *,
     opset: int | None = None,
+    free_batch: bool = True,
     check: bool = True,
     tolerance: float = 1e-4,
 ) -> ExportReport:
     """Write ``small`` to ``path`` as ONNX, in eval mode, with axis 0 of every input free.
 
+    ``free_batch=False`` fixes it to that of the example inputs, and takes a third of the time.
+
     Any nest of outputs becomes a flat list of them. ``opset``: the exporter's own choice if ``None``. ``tolerance``:
     the largest relative difference to torch that is accepted. The model is untouched; a network on a GPU or in half
     precision is exported from a float32 copy on the CPU.
 
-    Raises ``MissingExtra`` without onnx, onnxscript or onnxruntime, ``CannotCapture`` if the exporter fails, and
-    ``BadArtifact`` if the file differs from torch, fixes the batch, or cannot be written; none is left behind then.
+    Raises ``MissingExtra`` without onnx, onnxscript or onnxruntime, ``CannotCapture`` if the exporter fails,
+    ``BadRequest`` for an opset that cannot express the network, and ``BadArtifact`` if the file differs from torch,
+    fixes the batch, or cannot be written; none is left behind then.
     """
     _need(("onnx", "onnxscript", "onnxruntime") if check else ("onnx", "onnxscript"))
+    _check_known(opset)
     target = Path(path).expanduser().resolve()
     if target.is_dir():
         raise BadArtifact(f"{target} is a folder\n  do: name a file, such as {target.name}/model.onnx")
@@ -77,11 +82,12 @@ def export_onnx(
     _check_size(model)
     aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     with in_mode(model, False), torch.no_grad():
-        program = _program(model, examples, opset)
+        program = _program(model, examples, opset, free_batch)
+        _check_written(program, opset)
         try:
             with _quiet():
                 program.save(str(aside), external_data=False)
-            difference = _compare(model, aside, examples, tolerance) if check else None
+            difference = _compare(model, aside, examples, tolerance, BATCHES if free_batch else ()) if check else None
             size = aside.stat().st_size
             aside.replace(target)
         except OSError as error:
@@ -147,10 +153,10 @@ def _check_size(model: nn.Module) -> None:
         raise BadRequest(f"the network has {size / 2**30:.1f} GiB of tensors; one ONNX file holds less than 2 GiB")
 
 
-def _program(model: _Flat, examples: Sequence[torch.Tensor], opset: int | None) -> Any:
-    """The exporter's program. Batches of 1 are doubled first: it takes a 1 for a constant."""
+def _program(model: _Flat, examples: Sequence[torch.Tensor], opset: int | None, free_batch: bool) -> Any:
+    """The exporter's program. For a free batch, one of 1 is doubled first: the exporter takes a 1 for a constant."""
     batch = examples[0].shape[0] if examples[0].dim() else 0
-    marks = [t.dim() > 0 and t.shape[0] == batch > 0 for t in examples]
+    marks = [free_batch and t.dim() > 0 and t.shape[0] == batch > 0 for t in examples]
     inputs = tuple(torch.cat([t, t]) if mark and batch == 1 else t for t, mark in zip(examples, marks, strict=True))
     free = (tuple({0: torch.export.Dim.DYNAMIC} if mark else None for mark in marks),)
     try:
@@ -168,11 +174,49 @@ def _program(model: _Flat, examples: Sequence[torch.Tensor], opset: int | None) 
             )
     except Exception as error:  # the exporter raises dozens of types
         raise CannotCapture(
-            f"the network cannot be exported to ONNX with a free batch: {_first_line(error)}\n"
+            f"the network cannot be exported to ONNX{' with a free batch' * any(marks)}: {_first_line(error)}\n"
             "  do: see that it runs on the example inputs at any batch, without Python control flow on tensor values"
         ) from error
     _plain_names(program)
     return program
+
+
+def _check_known(opset: int | None) -> None:
+    import onnx
+
+    newest = onnx.defs.onnx_opset_version()
+    if opset is not None and not 1 <= opset <= newest:
+        raise BadRequest(
+            f"opset {opset} does not exist: onnx {onnx.__version__} knows 1 to {newest}\n"
+            "  do: leave opset out, and the exporter chooses one"
+        )
+
+
+def _check_written(program: Any, opset: int | None) -> None:
+    """The exporter builds a newer opset and converts it; where it cannot, it keeps the newer one and goes on."""
+    import onnx
+
+    written = program.model.opset_imports[""]
+    if opset is None or written == opset:
+        return
+    versions: dict[str, list[int]] = {}
+    for schema in onnx.defs.get_all_schemas_with_history():
+        if schema.domain == "":
+            versions.setdefault(schema.name, []).append(schema.since_version)
+    absent, changed = set(), set()
+    for node in program.model.graph.all_nodes():
+        since = versions.get(node.op_type, [1]) if node.domain == "" else [1]
+        if min(since) > opset:
+            absent.add(f"{node.op_type} is there since opset {min(since)}")
+        elif any(opset < version <= written for version in since):
+            changed.add(node.op_type)
+    why = ", ".join(sorted(absent)) or (
+        f"newer ones changed {', '.join(sorted(changed))}" if changed else "torch's exporter cannot convert to it"
+    )
+    raise BadRequest(
+        f"opset {opset} cannot express this network: {why}; what the exporter made is of opset {written}\n"
+        "  do: leave opset out, or ask for a higher one. No file was written"
+    )
 
 
 def _plain_names(program: Any) -> None:
@@ -192,8 +236,10 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
-def _compare(model: _Flat, path: Path, examples: Sequence[torch.Tensor], tolerance: float) -> float:
-    """The largest difference of the file to torch: the examples, then random inputs of every batch in ``BATCHES``."""
+def _compare(
+    model: _Flat, path: Path, examples: Sequence[torch.Tensor], tolerance: float, batches: Sequence[int]
+) -> float:
+    """The largest difference of the file to torch: the examples, then random inputs of every batch in ``batches``."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -202,11 +248,11 @@ def _compare(model: _Flat, path: Path, examples: Sequence[torch.Tensor], toleran
     worst, doing = 0.0, "open the exported network"
     try:
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        for what, inputs in [("the example inputs", list(examples)), *_random(examples)]:
+        for what, inputs in [("the example inputs", list(examples)), *_random(examples, batches)]:
             doing = f"run the exported network on {what}"
             wanted = [tensor.numpy() for tensor in model(*inputs)]
             feed = {slot.name: x.numpy() for slot, x in zip(session.get_inputs(), inputs, strict=True)}
-            worst = max(worst, _difference(session.run(None, feed), wanted))
+            worst = max(worst, difference(session.run(None, feed), wanted))
     except Exception as error:
         if type(error).__module__.split(".")[0] != "onnxruntime":
             raise
@@ -222,11 +268,11 @@ def _compare(model: _Flat, path: Path, examples: Sequence[torch.Tensor], toleran
     return worst
 
 
-def _random(examples: Sequence[torch.Tensor]) -> Iterator[tuple[str, list[torch.Tensor]]]:
-    """Normal inputs at every batch of ``BATCHES``; rows of the examples where they are integers."""
+def _random(examples: Sequence[torch.Tensor], batches: Sequence[int]) -> Iterator[tuple[str, list[torch.Tensor]]]:
+    """Normal inputs at every batch of ``batches``; rows of the examples where they are integers."""
     generator = torch.Generator().manual_seed(0)
     batch = examples[0].shape[0] if examples[0].dim() else 0
-    for size in BATCHES:
+    for size in batches:
         rows = torch.arange(size) % max(batch, 1)
         inputs = []
         for tensor in examples:
@@ -239,8 +285,9 @@ def _random(examples: Sequence[torch.Tensor]) -> Iterator[tuple[str, list[torch.
         yield f"a batch of {size}", inputs
 
 
-def _difference(found: Sequence[Any], wanted: Sequence[Any]) -> float:
-    """``max|found - wanted| / max|wanted|``, the worst of all outputs; infinite where shapes or NaNs disagree."""
+def difference(found: Sequence[Any], wanted: Sequence[Any], *, floor: float = SMALL) -> float:
+    """``max|found - wanted| / max(|wanted|, floor)``, the worst of all outputs; infinite where shapes or NaNs
+    disagree."""
     worst = 0.0 if len(found) == len(wanted) else np.inf
     for a, b in zip(found, wanted, strict=False):
         if a.shape != b.shape:
@@ -249,7 +296,7 @@ def _difference(found: Sequence[Any], wanted: Sequence[Any]) -> float:
         same = (a == b) | (np.isnan(a) & np.isnan(b))
         if not same.all():
             finite = np.abs(b[np.isfinite(b)])
-            gap = np.abs(a - b)[~same].max() / max(finite.max(initial=0.0), SMALL)
+            gap = np.abs(a - b)[~same].max() / max(finite.max(initial=0.0), floor)
             worst = max(worst, float(gap) if np.isfinite(gap) else np.inf)
     return worst
 

@@ -15,7 +15,7 @@ import numpy as np
 from torch import fx
 
 from secateur.capture import is_tensor_node
-from secateur.costs import Cost, Dim, make_cost
+from secateur.costs import Dim, Polynomial, make_cost
 from secateur.graph import Graph
 from secateur.groups import Coupling
 from secateur.labels import Factors, compress, varying
@@ -45,15 +45,9 @@ def operations(graph: Graph) -> list[Operation]:
     """Every convolution, linear layer and matrix product of the eval pass, in graph order. Convolutions that depend on
     no input are left out: they are a constant of the network, not a cost of an image."""
     capture = graph.captures[0]
-    batch = 1
-    if any(capture.batched):
-        places = [n for n in capture.graph.nodes if n.op == "placeholder"]
-        batch = (shape_of(places[capture.batched.index(True)]) or (1,))[0]
+    examples, batch = captured_batch(graph)
     found = []
-    examples: set[fx.Node] = set()  # what depends on an input; weights computed from weights do not grow with the batch
     for node in capture.graph.nodes:
-        if node.op == "placeholder" or any(s in examples for s in node.all_input_nodes):
-            examples.add(node)
         reader = _READERS.get(op_name(node)) if node.op == "call_function" else None
         if reader is not None:
             kind, parts, weight = reader(node)
@@ -65,6 +59,21 @@ def operations(graph: Graph) -> list[Operation]:
                 )
                 found.append(Operation(node, kind, scale / (batch if node in examples else 1), tuple(widths), name))
     return found
+
+
+def captured_batch(graph: Graph) -> tuple[set[fx.Node], int]:
+    """The nodes of the eval pass that depend on an input, and for how many examples: weights computed from weights do
+    not grow with the batch. Where no axis counts examples, the inputs are one."""
+    capture = graph.captures[0]
+    batch = 1
+    if any(capture.batched):
+        places = [n for n in capture.graph.nodes if n.op == "placeholder"]
+        batch = (shape_of(places[capture.batched.index(True)]) or (1,))[0]
+    examples: set[fx.Node] = set()
+    for node in capture.graph.nodes:
+        if node.op == "placeholder" or any(s in examples for s in node.all_input_nodes):
+            examples.add(node)
+    return examples, batch
 
 
 Part = tuple[float, list[tuple[fx.Node, int]]]
@@ -127,7 +136,7 @@ _READERS = {
 }
 
 
-def costs_of(coupling: Coupling, of: str = "macs") -> Cost:
+def costs_of(coupling: Coupling, of: str = "macs") -> Polynomial:
     """MACs of one example, or parameters, as a function of the kept counts of ``coupling.groups``.
 
     Equal, to the integer, to the count of the network that ``apply`` makes of those counts.
@@ -138,18 +147,28 @@ def costs_of(coupling: Coupling, of: str = "macs") -> Cost:
             (coupling.parameters.get(n, []), tuple(t.shape)) for n, t in coupling.graph.tensors.items() if n in names
         ]
         return make_cost([(1.0, _dims(coupling, factors, shape)) for factors, shape in tensors])
+    return macs_of(coupling, operations(coupling.graph))
+
+
+def macs_of(coupling: Coupling, found: Sequence[Operation]) -> Polynomial:
+    """The MACs of one example that some operations have, as a function of the kept counts."""
     terms = []
-    for operation in operations(coupling.graph):
-        dims = [_width(coupling, node, axis) for node, axis in operation.widths]
+    for operation in found:
+        dims = [dims_of(coupling, node)[axis] for node, axis in operation.widths]
         fixed = math.prod(f for f, uses in dims if not uses)
         terms.append((operation.coefficient * fixed, [d for d in dims if d[1]]))
     return make_cost(terms)
 
 
-def _width(coupling: Coupling, node: fx.Node, axis: int) -> Dim:
+def dims_of(coupling: Coupling, node: fx.Node, part: int | None = None) -> list[Dim]:
+    """Every axis of the tensor of a node, or of ``part`` of its several, as ``(fixed positions, {group: positions for
+    each of its channels})``."""
     factors = coupling.passes[0].factors.get(node, [])
+    if part is not None:
+        own = factors[part] if isinstance(factors, tuple) else []
+        return _dims(coupling, own, [as_int(k) for k in node.meta["val"][part].shape])
     assert isinstance(factors, list)
-    return _dims(coupling, factors, _shape(node))[axis]
+    return _dims(coupling, factors, _shape(node))
 
 
 def _dims(coupling: Coupling, factors: Factors, shape: Sequence[int]) -> list[Dim]:

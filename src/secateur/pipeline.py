@@ -5,19 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from math import lcm
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 
-from secateur.allocation import allocate, excluded_groups, fixed_widths, highest
+from secateur.allocation import allocate, check_budget, excluded_groups, fixed_widths, highest
 from secateur.calibration import Loss, collect
 from secateur.core import Budget, Criterion, Group
+from secateur.costs import Cost, evaluate_many
 from secateur.criteria import CRITERIA, check_given, is_sequential, label, locations, needs_width, reads, resolve
 from secateur.errors import BadRequest, WrongModel, nearest
 from secateur.graph import Graph, Inputs, trace
 from secateur.groups import Coupling, Prefer, couple
+from secateur.latencies import Latencies, decide_within
 from secateur.layer_weights import as_read
+from secateur.liveness import memory_of
 from secateur.operations import costs_of
 from secateur.plans import CONSTANTS, Constant, Plan, fingerprint, input_specs
 from secateur.residuals import RULES, kept_whole, scored_by_projection
@@ -28,6 +33,7 @@ from secateur.sensitivities.choice import losses
 from secateur.sequential import KINDS, front_to_back_on_data
 from secateur.version import __version__
 
+Keep = dict[str, tuple[int, ...]]
 Residual = Literal["coupled", "inner", "projection", "scatter"]
 Constants = Literal["drop", "fold"] | Mapping[str, Literal["drop", "fold"]]
 
@@ -47,6 +53,7 @@ def plan(
     constants: Constants = "drop",
     greedy: bool = False,
     sensitivity: Sensitivity | None = None,
+    latencies: Latencies | None = None,
     prefer: Prefer = "channels",
     min_channels: int = 1,
     round_to: int = 1,
@@ -69,7 +76,10 @@ def plan(
     ``residual``: ``"coupled"`` prunes all that is added up together; ``"inner"`` only what is added to nothing;
     ``"projection"`` scores a residual stream by its shortcut projection alone, and leaves whole one that has none (Li
     et al. 2017, section 3.4; see ``residuals.py``); ``"scatter"`` prunes each layer that adds to a stream on its own,
-    and adds what is left of it into the full width (He et al. 2019, FPGM). ``constants``: what becomes of the constant
+    and adds what is left of it into the full width (He et al. 2019, FPGM). ``latencies``: what a budget of latency goes
+    by, where it was measured before (``measure_latencies``), maybe on another machine; if not given, it is measured
+    here and now, and kept for the next time, and so is the network that is decided on, until what was predicted holds.
+    Widths are then multiples of what the engine is fast at. ``constants``: what becomes of the constant
     that a channel leaves behind its batch norm when its filter is zero; ``"drop"``: it goes too, ``"fold"``: it is kept
     in what reads it, so that the small network equals the one with zeroed filters (``folding.py``); or either by name
     or glob of groups, the first that fits. ``greedy``: which channels go is decided front to back, with the
@@ -77,11 +87,12 @@ def plan(
     criteria other than norms; those that look at what the next layers put out see it measured anew for each group,
     ``sequential.py``; ``"thinet_sequential"`` is always greedy). How many go is not affected by it.
 
-    Raises ``CannotCapture``, ``BadRequest``, ``Unreachable``, ``CannotPrune`` or ``WrongModel`` (a sensitivity of
-    another network), each with what to do about it.
+    Raises ``CannotCapture``, ``BadRequest``, ``Unreachable``, ``CannotPrune`` or ``WrongModel`` (a sensitivity, or
+    latencies, of another network), each with what to do about it; for a budget of latency, what ``measure_latencies``
+    raises.
     """
     how = _Request(criterion, budget, ratios, exclude, allocation, data, loss, residual, constants, greedy, sensitivity)
-    how = replace(how, prefer=prefer, min_channels=min_channels, round_to=round_to, seed=seed)
+    how = replace(how, latencies=latencies, prefer=prefer, min_channels=min_channels, round_to=round_to, seed=seed)
     _check(how)
     return _decide(trace(model, example_inputs), how)
 
@@ -93,7 +104,7 @@ def widths(graph: Graph, **options: Any) -> dict[str, int]:
     """
     how = _Request(**options)
     _check(how)
-    kept, _ = _allocated(_opened(graph, how), how, measure=how.budget is not None)
+    kept, _, _ = _allocated(_opened(graph, how), how, measure=how.budget is not None)
     return _counts(kept)
 
 
@@ -112,6 +123,7 @@ class _Request:
     constants: Constants = "drop"
     greedy: bool = False
     sensitivity: Sensitivity | None = None
+    latencies: Latencies | None = None
     prefer: Prefer = "channels"
     min_channels: int = 1
     round_to: int = 1
@@ -122,7 +134,7 @@ def _decide(graph: Graph, how: _Request) -> Plan:
     coupling = _opened(graph, how)
     by_turns = how.greedy or is_sequential(how.criterion)
     anew = by_turns and not set(KINDS).isdisjoint(reads(how.criterion))  # measured when a group has its turn
-    keep, evidence = _allocated(coupling, how, measure=how.budget is not None or not anew)
+    keep, told, evidence = _allocated(coupling, how, measure=how.budget is not None or not anew)
     if by_turns:
         judged = {group.name: group for group in _judged(coupling, how)}
         counts = _counts(keep)
@@ -138,11 +150,21 @@ def _decide(graph: Graph, how: _Request) -> Plan:
         keep=keep,
         model=fingerprint(graph.model),
         inputs=input_specs(graph.args, graph.kwargs),
-        made_by=_made_by(how),
+        made_by=_made_by(how) | _memory_of(coupling, how, keep) | told,
         constants=folded_groups(coupling.groups, how.constants),
         residual="coupled" if how.residual == "projection" else how.residual,
         graph=graph,
     )
+
+
+def _memory_of(coupling: Coupling, how: _Request, keep: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """What a plan tells of the memory that it needs, where that was the budget: bytes, before and after."""
+    if how.budget is None or how.budget.of != "memory":
+        return {}
+    cost = memory_of(coupling, how.budget.batch)
+    widths = np.array([[g.channels for g in coupling.groups], [len(keep[g.name]) for g in coupling.groups]])
+    dense, pruned = (round(value) for value in evaluate_many(cost, widths))
+    return {"memory": {"dense": dense, "pruned": pruned}}
 
 
 def _opened(graph: Graph, how: _Request) -> Coupling:
@@ -156,49 +178,60 @@ def _opened(graph: Graph, how: _Request) -> Coupling:
 
 def _allocated(
     coupling: Coupling, how: _Request, *, measure: bool
-) -> tuple[dict[str, tuple[int, ...]], dict[str, dict[str, Any]]]:
-    """What every group keeps, scored on the dense network, and what was measured there. Without ``measure``, only how
-    many channels are kept counts."""
+) -> tuple[Keep, dict[str, Any], dict[str, dict[str, Any]]]:
+    """What every group keeps, scored on the dense network, what the plan tells of it, and what was measured there.
+    Without ``measure``, only how many channels are kept counts."""
     judged = _judged(coupling, how)
     evidence: dict[str, dict[str, Any]] = {}
     blank = {group.name: torch.zeros(group.channels) for group in judged}
     if not measure:
-        return _at(coupling, how, blank), evidence
+        return *_at(coupling, how, blank), evidence
     fields = reads(how.criterion)
     if how.data is not None:
         drawn = locations(how.criterion)
         evidence = collect(coupling, judged, fields, how.data, loss=how.loss, locations=drawn, seed=how.seed)
     shown, tensors = as_read(coupling, judged, fields)
-    known = None if how.budget is not None else _counts(_at(coupling, how, blank))
+    known = None if how.budget is not None else _counts(_at(coupling, how, blank)[0])
     scores = score(shown, tensors, how.criterion, n_keep=known, seed=how.seed, evidence=evidence)
-    keep = _at(coupling, how, scores)
+    keep, told = _at(coupling, how, scores)
     if known is None and needs_width(how.criterion):  # how many go is decided now, and which of them depends on it
         known = _counts(keep)
         scores = score(shown, tensors, how.criterion, n_keep=known, seed=how.seed, evidence=evidence)
         keep |= {name: highest(own, known[name]) for name, own in scores.items()}
-    return keep, evidence
+    return keep, told, evidence
 
 
 def _counts(keep: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     return {name: len(kept) for name, kept in keep.items()}
 
 
-def _at(coupling: Coupling, how: _Request, scores: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
-    """What every group keeps by these scores."""
-    return allocate(
-        coupling.groups,
-        scores,
-        ratios=how.ratios,
-        budget=how.budget,
-        cost=costs_of(coupling, how.budget.of) if how.budget and how.budget.of in ("macs", "params") else None,
-        allocation=how.allocation,
-        exclude=how.exclude,
-        min_channels=how.min_channels,
-        round_to=how.round_to,
-        locked=coupling.locked,
-        whole=kept_whole(coupling, how.residual),
-        losses=None if how.sensitivity is None else losses(how.sensitivity),
-    )
+def _at(coupling: Coupling, how: _Request, scores: Mapping[str, torch.Tensor]) -> tuple[Keep, dict[str, Any]]:
+    """What every group keeps by these scores, and what the plan tells of how that was found."""
+
+    def decide(cost: Cost | None, steps: Mapping[str, int]) -> Keep:
+        return allocate(
+            coupling.groups,
+            scores,
+            ratios=how.ratios,
+            budget=how.budget,
+            cost=cost,
+            allocation=how.allocation,
+            exclude=how.exclude,
+            min_channels=how.min_channels,
+            round_to={name: lcm(step, how.round_to) for name, step in steps.items()} if steps else how.round_to,
+            locked=coupling.locked,
+            whole=kept_whole(coupling, how.residual),
+            losses=None if how.sensitivity is None else losses(how.sensitivity),
+        )
+
+    if how.budget is None or how.budget.of == "channels":
+        return decide(None, {}), {}
+    if how.budget.of == "latency":
+        decision = decide_within(coupling, how.budget, how.latencies, decide)
+        return decision.keep, {"latency": decision.told()}
+    if how.budget.of == "memory":
+        return decide(memory_of(coupling, how.budget.batch), {}), {}
+    return decide(costs_of(coupling, how.budget.of), {}), {}
 
 
 def _judged(coupling: Coupling, how: _Request) -> list[Group]:
@@ -249,8 +282,22 @@ def _check_request(how: _Request) -> None:
         raise BadRequest("say how much to prune: budget=sc.Budget(keep=0.5) or ratios=0.5")
     if how.budget is not None and not isinstance(how.budget, Budget):
         raise BadRequest(f"a budget is a Budget, not {how.budget!r}: say sc.Budget(keep=0.5, of='macs')")
+    if how.budget is not None:
+        check_budget(how.budget)
+        _check_memory(how.budget, how)
     if how.residual not in RULES:
         raise BadRequest(f"there is no residual rule {how.residual!r}{nearest(str(how.residual), RULES)}")
+
+
+def _check_memory(budget: Budget, how: _Request) -> None:
+    """That all of what a small network holds in memory can be foreseen."""
+    asked = {"residual": how.residual == "scatter", "constants": how.constants != "drop"}
+    for name, added in asked.items():
+        if budget.of == "memory" and added:
+            raise BadRequest(
+                f"{name}={getattr(how, name)!r} adds tensors of its own to the small network, and how much memory they "
+                f"take is not foreseen by a budget of memory\n  do: leave {name} out, or ask for a budget of macs"
+            )
 
 
 def _check_sensitivity(how: _Request) -> None:
@@ -324,7 +371,8 @@ def _made_by(how: _Request) -> dict[str, Any]:
     }
     for name, value in options.items():
         if isinstance(value, Budget):
-            value = {key: own for key, own in vars(value).items() if own is not None}
+            unmeant = {"memory": ("threads",), "latency": ()}.get(value.of, ("batch", "threads"))
+            value = {key: own for key, own in vars(value).items() if own is not None and key not in unmeant}
         elif isinstance(value, Mapping):
             value = dict(value)
         if value not in (None, (), [], ""):

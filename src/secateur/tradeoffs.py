@@ -4,7 +4,9 @@ A cost is a polynomial in the widths, and no sum over groups, so that the best c
 by group. A few combinations are tried one and all. Of many, descents find where to begin: a price of a unit of cost is
 sought at which the widths that are best for each group, the others being as they are, just meet the budget. Then come
 exchanges: one group gives up some channels, and another one takes the room where that gains more. The result cannot be
-improved by any such exchange; where all combinations can be tried for comparison, it mostly is the best of them.
+improved by any such exchange; where all combinations can be tried for comparison, it mostly is the best of them. Of a
+peak (``costs.Peak``), what is priced is how much all its sums together exceed the budget: a group that lowers one of
+them, and not the largest, helps all the same.
 
 A group's widths are numbered by *levels*: 0 is the widest. Losses do not fall from one level to the next.
 
@@ -13,12 +15,12 @@ Letters: ``G`` groups, ``L`` levels of the group that has most, ``B`` combinatio
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from secateur.costs import Cost, evaluate, evaluate_many, marginals
+from secateur.costs import Cost, Peak, evaluate, evaluate_many, marginals
 
 NEAR = 0.99
 """A budget counts as reached from this fraction of it on."""
@@ -102,12 +104,13 @@ def _descended(menu: Menu, target: float) -> np.ndarray:
     """The levels ``[G]`` that lose least of those at which descents at many prices end and that meet the target."""
     dense, best = np.zeros_like(menu.last), menu.last
     bends = [_bends(menu, g) for g in range(len(best))]
+    priced = _priced(menu, target)
     # from a price at which next to nothing is given up, to one at which next to everything is
-    unit = max(float(menu.each(best).sum()), 1e-12) / menu.cost_at(dense)
+    unit = max(float(menu.each(best).sum()), 1e-12) / float(priced(menu.keep(dense)[None])[0])
     low, high = np.log(unit * 1e-4), np.log(unit * 1e6)
     for _ in range(HALVINGS):
         price = (low + high) / 2
-        ends = [_descent(menu, bends, start, float(np.exp(price))) for start in (dense, menu.last)]
+        ends = [_descent(menu, bends, start, priced, float(np.exp(price))) for start in (dense, menu.last)]
         meets = [level for level in ends if menu.cost_at(level) <= target]
         best = min([best, *meets], key=lambda level: float(menu.each(level).sum()))
         low, high = (low, price) if meets else (price, high)
@@ -126,8 +129,20 @@ def _bends(menu: Menu, g: int) -> np.ndarray:
     return np.unique(np.concatenate([[0], inner, [menu.last[g]]]))
 
 
-def _descent(menu: Menu, bends: Sequence[np.ndarray], start: np.ndarray, price: float) -> np.ndarray:
-    """The levels ``[G]`` at which loss + price x cost cannot be made less by any one group."""
+def _priced(menu: Menu, target: float) -> Callable[[np.ndarray], np.ndarray]:
+    """What a descent prices ``[B]`` at ``keep [B, G]``: the cost, or of a peak what exceeds the target."""
+    cost = menu.cost
+    return (lambda keep: cost.excess(keep, target)) if isinstance(cost, Peak) else cost.at
+
+
+def _descent(
+    menu: Menu,
+    bends: Sequence[np.ndarray],
+    start: np.ndarray,
+    priced: Callable[[np.ndarray], np.ndarray],
+    price: float,
+) -> np.ndarray:
+    """The levels ``[G]`` at which loss + price x what is priced cannot be made less by any one group."""
     level = start.copy()
     for _ in range(SWEEPS):
         before = level.copy()
@@ -135,7 +150,7 @@ def _descent(menu: Menu, bends: Sequence[np.ndarray], start: np.ndarray, price: 
             if len(options) > 1:
                 keep = np.tile(menu.keep(level), (len(options), 1))
                 keep[:, g] = menu.widths[g, options]
-                level[g] = options[np.argmin(menu.losses[g, options] + price * evaluate_many(menu.cost, keep))]
+                level[g] = options[np.argmin(menu.losses[g, options] + price * priced(keep))]
         if (level == before).all():
             break
     return level

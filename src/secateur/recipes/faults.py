@@ -6,12 +6,17 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import pairwise
 
+from secateur.allocation import check_budget
+from secateur.core import Budget
 from secateur.criteria import CRITERIA
+from secateur.engines import ENGINES
 from secateur.errors import BadRequest, nearest
 from secateur.recipes.schema import (
+    ALL,
     RANDOM,
     Iterative,
     LayerByLayer,
+    Measure,
     OneShot,
     Progressive,
     Prune,
@@ -40,6 +45,7 @@ def faults(recipe: Recipe) -> Iterator[tuple[Where, str]]:
         yield ("compensate",), "there is nothing to make up for: the recipe has no prune section"
     elif recipe.scratch != "none" and not is_folder(recipe.model.name):
         yield ("scratch",), "there is no pruned architecture to train from scratch: the recipe has no prune section"
+    yield from _faults_of_measuring(recipe.measure)
     making_up = recipe.compensate is not None and recipe.compensate.readers != "none"
     if recipe.prune is not None and making_up and _folds(recipe.prune):
         yield (
@@ -93,6 +99,39 @@ def _faults_of_start(recipe: Recipe) -> Iterator[tuple[Where, str]]:
         )
 
 
+def _faults_of_measuring(measure: Measure) -> Iterator[tuple[Where, str]]:
+    place = ("measure", "engine")
+    if measure.engine == ALL:
+        return
+    asked = [measure.engine] if isinstance(measure.engine, str) else measure.engine
+    if not asked:
+        yield place, f"an empty list: name an engine, or say {ALL}, or latency: false"
+    for number, engine in enumerate(asked):
+        where = place if isinstance(measure.engine, str) else (*place, number)
+        if engine == ALL:
+            yield where, f"{ALL} is for all engines, and others are named beside it: write engine: {ALL}"
+        elif engine not in ENGINES:
+            yield where, f"there is no engine {engine!r}{nearest(engine, ENGINES)}"
+        elif engine in asked[:number]:
+            yield where, f"{engine!r} is there already"
+
+
+def _faults_of_budget(prune: Prune, budget: Budget) -> Iterator[tuple[Where, str]]:
+    """Of a budget that says how much."""
+    place = ("prune", "budget")
+    try:
+        check_budget(budget)
+    except BadRequest as error:
+        yield place, str(error).partition("\n")[0]
+        return
+    if budget.engine is not None and budget.engine not in ENGINES:
+        yield (*place, "engine"), f"there is no engine {budget.engine!r}{nearest(budget.engine, ENGINES)}"
+    if budget.of == "memory" and prune.residual == "scatter":
+        yield place, "memory is not foreseen where branches are scattered: leave residual out, or ask for macs"
+    if budget.of == "memory" and prune.constants != "drop":
+        yield place, "memory is not foreseen where constants are folded: leave constants out, or ask for macs"
+
+
 def _faults_of_pruning(prune: Prune) -> Iterator[tuple[Where, str]]:
     if prune.criterion not in CRITERIA:
         yield ("prune", "criterion"), f"there is no criterion {prune.criterion!r}{nearest(prune.criterion, CRITERIA)}"
@@ -104,6 +143,8 @@ def _faults_of_pruning(prune: Prune) -> Iterator[tuple[Where, str]]:
             ("prune", "budget", "keep"),
             f"a fraction of the dense cost, above 0 and at most 1, not {budget.keep}",
         )
+    elif budget is not None and (budget.keep is None) != (budget.at_most is None):
+        yield from _faults_of_budget(prune, budget)
     if budget is not None and isinstance(prune.ratios, (int, float)):
         yield (
             ("prune", "ratios"),

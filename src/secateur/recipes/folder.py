@@ -11,7 +11,8 @@
     zeroed.json         which filters were zero after every choice, where they are chosen while the network trains
     plan.json           what was pruned
     pruned/             the network that the run ends with, as ``secateur.load`` opens it
-    model.onnx, results.json, report.html
+    model.onnx, model.int8.onnx, results.json
+    report.html         the page, and report.json, which it can be made from again, or with those of other runs
 
 A phase is done when ``run.json`` says so, which is written after all that the phase leaves behind is whole on the disk.
 Everything is written aside and renamed. One process at a time owns a folder; the kernel takes the lock back when that

@@ -1,7 +1,7 @@
 """The phases of a run, in their order: each reads what the ones before have written, and writes what it makes.
 
     dense (or given)  ->  cuts, with compensation and training between (``pruning.py``)  ->  finetune  ->  scratch
-    ->  measure  ->  save  ->  export  ->  report (``results.py``)
+    ->  quantise (``quantising.py``)  ->  measure  ->  save  ->  export (``results.py``)  ->  report (``reports.py``)
 
 What a phase hands on is read back from the disk also where nothing interrupts the run, so that there is one way only.
 """
@@ -17,7 +17,7 @@ from torch import nn
 from secateur import artifact
 from secateur.counting import count
 from secateur.errors import BadRequest
-from secateur.recipes import results
+from secateur.recipes import quantising, reports, results
 from secateur.recipes.job import Facts, Job, Phase, Progress, on_main
 from secateur.recipes.networks import (
     check_fits,
@@ -65,13 +65,16 @@ def phases_of(job: Job) -> Iterator[Phase]:
     if recipe.scratch != "none":
         yield Phase("scratch", "training from scratch", partial(_scratch, pruned=pruned))
         networks += [("from scratch", "scratch")]
+    if recipe.quantise is not None:
+        both = list(dict.fromkeys([networks[0], (name, final)]))
+        yield Phase(quantising.PHASE, "quantising", partial(quantising.quantise, networks=both))
     shown = [*networks[:before_training], *rivals, *networks[before_training:]]
     yield Phase("measure", "measuring", partial(results.measure, networks=shown))
     yield Phase("save", "saving", partial(results.save, name=name, final=final))
     if recipe.export.onnx:
         yield Phase("export", "exporting", partial(results.export, final=final))
     if recipe.export.report:
-        yield Phase("report", "reporting", partial(results.report, dense=first, final=final, name=name))
+        yield Phase("report", "reporting", partial(reports.report, dense=first, final=final, name=name))
 
 
 def _first(job: Job, progress: Progress, *, name: str) -> Facts:

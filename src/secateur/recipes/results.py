@@ -1,4 +1,4 @@
-"""The end of a run: what its networks cost and how well they do, what is kept of them, and what is told."""
+"""The end of a run: what its networks cost and how well they do, and what is kept of them."""
 
 from __future__ import annotations
 
@@ -9,53 +9,60 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from secateur import artifact
-from secateur.core import Measurement
-from secateur.counting import count, layer_table
-from secateur.errors import BadArtifact, MissingExtra
-from secateur.graph import trace
-from secateur.measurement import inference_runs, interleaved_latency_ms
-from secateur.onnx_file import export_onnx
-from secateur.recipes.folder import ENVIRONMENT, RunFolder, write_json, write_whole
-from secateur.recipes.job import Facts, Job, Progress, accuracy_on, on_main
-from secateur.recipes.metrics import read_metrics
-from secateur.recipes.networks import example_of, write_network
-from secateur.recipes.schema import Recipe, Sensitivity
-from secateur.recipes.stages import note, open_stage, stage_path
-from secateur.recipes.trials import PHASE as TRIALS
-from secateur.recipes.trials import open_curves
-from secateur.recipes.turnovers import open_turnovers
-from secateur.report import Curve, Report, Row, environment, filter_norms, first_filters, layer_rows, write_report
-from secateur.surgery import record
+from torch import nn
 
-RESULTS, ONNX, REPORT, PRUNED, PLAN, MODEL = (
-    "results.json", "model.onnx", "report.html", "pruned", "plan.json", "model",
-)  # fmt: skip
+from secateur import artifact
+from secateur.core import Measurement, Timing
+from secateur.counting import count
+from secateur.engines import ENGINES, find_engine, installed
+from secateur.errors import BadArtifact, MissingExtra, SecateurError
+from secateur.memory import activation_memory
+from secateur.onnx_file import export_onnx
+from secateur.quantisation import check_packages
+from secateur.recipes.folder import RunFolder, write_json, write_whole
+from secateur.recipes.job import Facts, Job, Progress, accuracy_on, on_main
+from secateur.recipes.networks import example_of, write_network
+from secateur.recipes.quantising import int8_files, int8_rows
+from secateur.recipes.schema import ALL, Measure, Recipe
+from secateur.recipes.stages import note, open_stage, stage_path
+from secateur.report import Row
+from secateur.surgery import record
+from secateur.timing import time_in_engines
+
+RESULTS, ONNX, PRUNED, PLAN, MODEL = "results.json", "model.onnx", "pruned", "plan.json", "model"
 REPEATS, SMOKE_REPEATS = 50, 3
-HOW = {
-    "module": "the tensors of the network's own modules were sliced",
-    "attributes": "tensors were sliced and the sizes that the forward computes with were set",
-    "graph": "the captured graph was rewritten",
-}
 
 
 def check_extras(recipe: Recipe) -> None:
     """Raises MissingExtra now for what the end of the run will need: hours later would be a pity."""
     needed = {"onnx": "export", "onnxscript": "export", "onnxruntime": "export"} if recipe.export.onnx else {}
     needed |= {"jinja2": "report", "matplotlib": "report"} if recipe.export.report else {}
-    needed |= {"onnxruntime": "export"} if recipe.measure.latency and recipe.measure.engine == "onnxruntime" else {}
     for package, extra in needed.items():
         if importlib.util.find_spec(package) is None:
             raise MissingExtra(
                 f"the end of this recipe needs {package}\n"
-                f"  do: pip install 'secateur[{extra}]', or switch it off in the recipe's export and measure sections"
+                f"  do: pip install 'secateur[{extra}]', or switch it off in the recipe's export section"
             )
+    if recipe.quantise is not None:
+        check_packages()
+    for engine in engines_of(recipe.measure):
+        find_engine(engine)
+
+
+def engines_of(settings: Measure) -> list[str]:
+    """The engines that latencies are taken in; of ``all``, those that are installed here."""
+    if not settings.latency:
+        return []
+    if settings.engine == ALL:
+        return installed()
+    return [settings.engine] if isinstance(settings.engine, str) else list(settings.engine)
 
 
 def measure(job: Job, progress: Progress, *, networks: Sequence[tuple[str, str]]) -> Facts:
-    """Test accuracy, parameters, MACs, size and latency of every ``(name, phase)``; written as results.json.
+    """Test accuracy, parameters, MACs, size, memory and latency of every ``(name, phase)``; written as results.json.
 
-    Latency is that of one image on the CPU, all networks timed in turns.
+    Latency is that of one image on the CPU, all networks in all engines timed in turns; an engine that cannot run them
+    all is left out, and that is told. Networks of the same shapes take the same time, and are timed as one.
     """
     models = {name: open_stage(job, phase) for name, phase in networks}
     accuracies = {}
@@ -65,12 +72,10 @@ def measure(job: Job, progress: Progress, *, networks: Sequence[tuple[str, str]]
 
     def act() -> Facts:
         example = example_of(job.origin, next(iter(models.values())))
-        times: Mapping[str, float] = {}
-        settings = job.recipe.measure
-        if settings.latency:
-            repeats = SMOKE_REPEATS if job.folder.smoke else REPEATS
-            with inference_runs(models, example, engine=settings.engine, threads=settings.threads) as runs:
-                times = interleaved_latency_ms(runs, repeats=repeats, threads=settings.threads)
+        same = {name: alike(model, models) for name, model in models.items()}
+        shapes = {first: models[first] for first in same.values()}
+        times, failures = _timed(job, progress, shapes, int8_files(job), example)
+        memory = {first: activation_memory(model, example).needed for first, model in shapes.items()}
         rows = []
         for name, phase in networks:
             counted = count(models[name], example)
@@ -80,13 +85,24 @@ def measure(job: Job, progress: Progress, *, networks: Sequence[tuple[str, str]]
                 macs=int(counted.macs),
                 accuracy=accuracies[name],
                 size=_size(stage_path(job, phase)),
-                latency_ms=times.get(name),
+                latencies_ms={engine: timed[same[name]].ms for engine, timed in times.items()},
+                memory=memory[same[name]],
             )
-            rows.append(dataclasses.asdict(row))
+            rows.append(row)
+        by_file = {
+            name: {engine: timed[name].ms for engine, timed in times.items() if name in timed}
+            for name in int8_files(job)
+        }
+        rows += int8_rows(job, rows, example, by_file)
         found = {
-            "rows": rows,
-            "engine": settings.engine if settings.latency else "",
-            "threads": settings.threads,
+            "rows": [dataclasses.asdict(row) for row in rows],
+            "engines": {engine: ENGINES[engine].version() for engine in times},
+            "left_out": failures,
+            "quartiles_ms": {
+                engine: {name: [one.low, one.high] for name, one in timed.items()} for engine, timed in times.items()
+            },
+            "threads": job.recipe.measure.threads,
+            "repeats": _repeats(job),
             "test_images": job.data.test.samples,
             "phases": dict(job.done),
         }
@@ -94,9 +110,54 @@ def measure(job: Job, progress: Progress, *, networks: Sequence[tuple[str, str]]
         return found
 
     found = on_main(act)
+    for engine, why in found["left_out"].items():
+        job.say(f"measuring: {engine} is left out: {why}")
     for row in found["rows"]:
         note(job, "measure", {"kind": "result", **row})
     return {"rows": found["rows"]}
+
+
+def alike(model: nn.Module, models: Mapping[str, nn.Module]) -> str:
+    """The name of the first network that does the same arithmetic on other numbers: its modules say the same of
+    themselves, and hold tensors of the same names, shapes and types."""
+
+    def shape(net: nn.Module) -> tuple[object, ...]:
+        tensors = [(name, tensor.shape, tensor.dtype) for name, tensor in net.state_dict().items()]
+        return type(net), repr(net), getattr(net, "code", ""), tensors
+
+    own = shape(model)
+    return next(name for name, other in models.items() if other is model or shape(other) == own)
+
+
+def _timed(
+    job: Job,
+    progress: Progress,
+    models: Mapping[str, nn.Module],
+    files: Mapping[str, Path],
+    example: Any,
+) -> tuple[dict[str, dict[str, Timing]], dict[str, str]]:
+    """``{engine: {network: time}}``, and why engines are left out. Raises what kept the last one if all of them are."""
+    settings, failures = job.recipe.measure, dict[str, SecateurError]()
+    engines = engines_of(settings)
+    if not engines:
+        return {}, {}
+    times = time_in_engines(
+        models,
+        example,
+        engines=engines,
+        files=files,
+        threads=settings.threads,
+        repeats=_repeats(job),
+        progress=lambda done, total: progress(done, total, {}),
+        failures=failures,
+    )
+    if not times:
+        raise failures[engines[-1]]
+    return times, {engine: str(error).partition("\n")[0] for engine, error in failures.items()}
+
+
+def _repeats(job: Job) -> int:
+    return SMOKE_REPEATS if job.folder.smoke else REPEATS
 
 
 def save(job: Job, progress: Progress, *, name: str, final: str) -> Facts:
@@ -110,7 +171,7 @@ def save(job: Job, progress: Progress, *, name: str, final: str) -> Facts:
             return
         plan = artifact.read_plan(stage_path(job, final))
         write_whole(job.folder.path / PLAN, plan.to_json().encode())
-        row = next(row for row in job.done["measure"]["rows"] if row["name"] == name)
+        row = next(row for row in read_rows(read_results(job.folder)) if row.name == name)
         artifact.save(job.folder.path / PRUNED, model, plan, measurement=_measurement(job, row))
 
     on_main(act)
@@ -128,117 +189,6 @@ def export(job: Job, progress: Progress, *, final: str) -> Facts:
     return on_main(act)
 
 
-def report(job: Job, progress: Progress, *, dense: str, final: str, name: str) -> Facts:
-    """All of it as one page."""
-
-    def act() -> None:
-        write_report(job.folder.path / REPORT, page(job, dense=dense, final=final, name=name))
-
-    on_main(act)
-    return {}
-
-
-def page(job: Job, *, dense: str, final: str, name: str) -> Report:
-    """What the report says. ``dense`` and ``final``: phases; ``name``: what the final network is called."""
-    models = [open_stage(job, dense), open_stage(job, final)]
-    graphs = [trace(model, example_of(job.origin, model)) for model in models]
-    return Report(
-        title=f"{job.origin.source.name} on {job.data.name}",
-        rows=[Row(**row) for row in job.done["measure"]["rows"]],
-        layers=layer_rows(layer_table(graphs[0]), layer_table(graphs[1])),
-        norms=filter_norms(models[0]),
-        final=name,
-        curves=curves_of(job),
-        sensitivity=open_curves(job.folder),
-        filters=first_filters(models[0]),
-        zeroed=open_turnovers(job.folder),
-        law=_law(job),
-        facts=_facts(job),
-        environment=environment(),
-        command=_command(job.folder),
-    )
-
-
-def curves_of(job: Job) -> list[Curve]:
-    """Every training of the run, from its records."""
-    found: dict[str, tuple[list[float], list[float | None]]] = {}
-    for one in read_metrics(job.folder):
-        if one.get("kind") == "epoch" and one["phase"] in job.done:
-            losses, scores = found.setdefault(one["phase"], ([], []))
-            losses.append(one["loss"])
-            scores.append(one.get("score"))
-    return [Curve(phase, losses, scores) for phase, (losses, scores) in found.items()]
-
-
-def _law(job: Job) -> dict[str, str]:
-    """How far every cut's outcome was from the masked network, at worst."""
-    cuts = [done for done in job.done.values() if done.get("difference") is not None]
-    if not cuts:
-        return {}
-    worst = max(done["difference"] for done in cuts)
-    how = {done["tier"]: HOW[done["tier"]] for done in cuts}
-    return {
-        "largest difference": f"{worst:.1e} of the largest output, in float64, at random weights too",
-        "how it was cut": "; ".join(how.values()),
-    }
-
-
-def _facts(job: Job) -> dict[str, str]:
-    recipe, data = job.recipe, job.data
-    sizes = (
-        f"{data.train.samples} images to train on, {data.validation.samples} to validate, {data.test.samples} to test"
-    )
-    facts = {"data": f"{data.name}: {sizes}"}
-    if recipe.prune is not None:
-        facts["criterion"] = recipe.prune.criterion
-        facts["schedule"] = recipe.prune.schedule.kind
-        facts["residual sums"] = recipe.prune.residual
-        facts["constants of zeroed filters"] = _how_constants(recipe.prune.constants)
-        if recipe.prune.sensitivity is not None:
-            facts["widths"] = _how_widths_followed(recipe.prune.sensitivity, job.done)
-    for name, done in job.done.items():
-        if "kept" in done:
-            facts[f"{name}, channels"] = f"{done['kept']} of {done['channels']} kept"
-        if "choices" in done:
-            facts[f"{name}, zeroed filters"] = _how_choices_went(done)
-        if "epochs" in done:
-            facts[f"{name}, trained"] = f"{done['epochs']} epoch{'s' * (done['epochs'] != 1)}"
-        for step in done.get("steps", ()):
-            if step["validation"] is not None:
-                what = "as it came" if step["step"] == "none" else f"after {step['step']}"
-                facts[f"{name}, {what}"] = f"{100 * step['validation']:.2f} % of the validation images right"
-    facts["seed"] = str(recipe.seed)
-    if job.folder.smoke:
-        facts["smoke run"] = "cut short: its figures mean nothing"
-    return facts
-
-
-def _how_choices_went(done: Facts) -> str:
-    """How often the zeroed filters were chosen, and whether they stayed the same, for people."""
-    changes = sum(bool(came or went) for came, went in zip(done["entered"], done["left"], strict=True))
-    times = f"chosen {done['choices']} time{'s' * (done['choices'] != 1)}"
-    return f"{times}, and others than before {changes} time{'s' * (changes != 1)}" if done["entered"] else times
-
-
-def _how_constants(asked: str | Mapping[str, str]) -> str:
-    """What becomes of constants, for people."""
-    told = {"drop": "dropped", "fold": "folded into what reads them"}
-    if isinstance(asked, str):
-        return told[asked]
-    return ", ".join(f"{glob}: {told[what]}" for glob, what in asked.items())
-
-
-def _how_widths_followed(asked: Sensitivity, done: Mapping[str, Facts]) -> str:
-    """How the widths were found, for people."""
-    if asked.tolerance is None:
-        way = "the least predicted loss within the budget"
-    else:
-        each = "group" if asked.per == "group" else "stage"
-        way = f"the largest ratio of each {each} at which accuracy falls by {100 * asked.tolerance:g} points at most"
-    facts = done[TRIALS]
-    return f"{way}; {facts['narrower']} of {facts['tried']} groups got narrower"
-
-
 def read_results(folder: RunFolder) -> dict[str, Any]:
     """What ``measure`` wrote. Raises BadArtifact where it is missing or damaged."""
     path = folder.path / RESULTS
@@ -248,25 +198,53 @@ def read_results(folder: RunFolder) -> dict[str, Any]:
         raise BadArtifact(f"{path} is missing or damaged: {error}\n  do: run again in another folder") from error
 
 
-def _measurement(job: Job, row: Mapping[str, Any]) -> Measurement:
-    settings = job.recipe.measure
+def read_rows(found: Mapping[str, Any]) -> list[Row]:
+    """The networks of ``results.json``, also as it was written when a run knew one engine only."""
+    rows = []
+    for values in found["rows"]:
+        own = {key: value for key, value in values.items() if key != "latency_ms"}
+        if values.get("latency_ms") is not None:
+            own["latencies_ms"] = {found["engine"]: values["latency_ms"]}
+        rows.append(Row(**own))
+    return rows
+
+
+def timing_text(found: Mapping[str, Any]) -> str:
+    """How the latencies of ``results.json`` were taken, as a sentence; empty where none were."""
+    spreads = [
+        (high - low) / (high + low)
+        for timed in found.get("quartiles_ms", {}).values()
+        for low, high in timed.values()
+        if high + low
+    ]
+    if not spreads:
+        return ""
+    threads, repeats = found["threads"], found["repeats"]
+    text = (
+        f"median of {repeats} runs of one image on {threads} thread{'s' * (threads != 1)}, all networks in all engines "
+        f"in turns; the quartiles lie within {100 * max(spreads):.1f} % of the middle between them. Networks of the "
+        "same shapes are timed as one."
+    )
+    for engine, why in found["left_out"].items():
+        text += f" {engine} is left out: {why}."
+    return text
+
+
+def _measurement(job: Job, row: Row) -> Measurement:
+    engine, ms = row.fastest or ("", None)
     return Measurement(
-        params=row["params"],
-        macs=row["macs"],
-        accuracy=row["accuracy"],
-        latency_ms=row["latency_ms"],
-        engine=settings.engine if settings.latency else "",
-        details={"threads": settings.threads} if settings.latency else {},
+        params=row.params,
+        macs=row.macs,
+        accuracy=row.accuracy,
+        latency_ms=ms,
+        engine=engine,
+        memory=row.memory,
+        details={"threads": job.recipe.measure.threads, "batch": 1, "latencies_ms": dict(row.latencies_ms)}
+        if row.latencies_ms
+        else {},
     )
 
 
 def _size(path: Path) -> int:
     file = path / artifact.WEIGHTS_FILE if path.is_dir() else path.with_name(f"{path.name}.safetensors")
     return file.stat().st_size
-
-
-def _command(folder: RunFolder) -> str:
-    try:
-        return str(json.loads((folder.path / ENVIRONMENT).read_text(encoding="utf-8"))["sessions"][0]["command"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return ""

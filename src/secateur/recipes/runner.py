@@ -34,8 +34,9 @@ from secateur.recipes.metrics import keep_metrics, recorder
 from secateur.recipes.networks import check_fits, check_teacher, example_of, first_network, origin_of
 from secateur.recipes.phases import distillation, open_teacher, phases_of, scratch_settings
 from secateur.recipes.pruning import foreseen
+from secateur.recipes.quantising import check_excluded
 from secateur.recipes.reading import write_recipe
-from secateur.recipes.results import check_extras, read_results
+from secateur.recipes.results import check_extras, read_results, read_rows
 from secateur.recipes.schema import RANDOM, Iterative, LayerByLayer, Progressive, Recipe, absolute, is_folder
 from secateur.recipes.stages import newest_step
 from secateur.recipes.trials import open_curves
@@ -51,13 +52,13 @@ SMOKE_BATCHES, SMOKE_STEPS = 2, 2
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to. ``rows``: name, params, macs, accuracy on the test images, size, latency_ms of every network,
-    the dense one first. ``engine``: what the latencies were taken in, with the threads. ``sensitivity``: where the
-    widths were found by trying, what was found. ``again``: it was finished before, and this is what it came to then."""
+    """What a run came to. ``rows``: its networks, the dense one first, with their accuracy on the test images.
+    ``threads``: how many the latencies were taken on. ``sensitivity``: where the widths were found by trying, what was
+    found. ``again``: it was finished before, and this is what it came to then."""
 
     folder: Path
     rows: tuple[Row, ...]
-    engine: str = ""
+    threads: int = 1
     test_images: int = 0
     sensitivity: Sensitivity | None = None
     again: bool = False
@@ -154,6 +155,8 @@ def smoked(recipe: Recipe) -> Recipe:
         changes["prune"] = recipe.prune.model_copy(update=few)
     if recipe.compensate is not None:
         changes["compensate"] = recipe.compensate.model_copy(update={"batches": 1})
+    if recipe.quantise is not None:
+        changes["quantise"] = recipe.quantise.model_copy(update={"batches": 1})
     return recipe.model_copy(update=changes)
 
 
@@ -176,6 +179,7 @@ def _check_start(job: Job) -> None:
     """What is wrong with the recipe's files, names and numbers should show now and not after hours of training."""
     model = first_network(job.origin)
     check_fits(job.origin, model, len(job.data.classes), job.data.name)
+    check_excluded(job, model)
     student, settings = model, job.recipe.distil
     if job.recipe.prune is not None:
         graph = trace(model, example_of(job.origin, model))
@@ -267,6 +271,8 @@ def _summary(facts: Facts) -> str:
         told.append(f"{facts['kept']} of {facts['channels']} channels stay")
     if facts.get("validation") is not None:
         told.append(f"{100 * facts['validation']:.2f} % of the validation images right")
+    for name, one in facts.get("networks", {}).items():
+        told.append(f"{name}: {100 * one['agreement']:.2f} % of {one['images']} images as in float32")
     for step in facts.get("steps", ()):
         if step["validation"] is not None:
             what = "as it came" if step["step"] == "none" else f"after {step['step']}"
@@ -321,9 +327,7 @@ def _few(data: Data) -> Data:
 
 def _outcome(place: RunFolder) -> Outcome:
     found = read_results(place)
-    rows = tuple(Row(**row) for row in found["rows"])
-    engine = f"{found['engine']}, {found['threads']} thread{'s' * (found['threads'] > 1)}" if found["engine"] else ""
-    return Outcome(place.path, rows, engine, found["test_images"], open_curves(place))
+    return Outcome(place.path, tuple(read_rows(found)), found["threads"], found["test_images"], open_curves(place))
 
 
 def _no_record(phase: str, values: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from secateur.core import Budget
+from secateur.quantisation import Method
 from secateur.recover.settings import Training
 from secateur.schedules.penalties import Growth
 from secateur.zoo.data.settings import DataSettings
@@ -22,7 +23,7 @@ from secateur.zoo.data.settings import DataSettings
 Where = tuple[str | int, ...]
 """A place in a recipe: keys and list indices from the top."""
 
-RANDOM = "random"
+RANDOM, ALL = "random", "all"
 
 for settings in (Training, Budget, Growth):  # pydantic looks for this on dataclasses, which need not know of it
     settings.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[union-attr]
@@ -195,11 +196,28 @@ class Distil(Section):
     """Null: the dense network of this run."""
 
 
+class Quantise(Section):
+    """ONNX files in int8 too, of the dense network and of the one that the run ends with, measured beside them."""
+
+    batches: int = Field(default=8, ge=1)
+    """How many batches of training images the ranges of activations are taken from."""
+    method: Method = "minmax"
+    """How wide a range is: minmax, all that was seen; percentile, without the outermost 0.001 %; entropy, clipped where
+    that changes the distribution least."""
+    per_channel: bool = True
+    """A scale for each output channel of a weight; false: one for all."""
+    exclude: list[str] = []
+    """Names or globs of modules that stay in float."""
+    reduce_range: bool | None = None
+    """Weights in seven bits, for processors whose sums of int8 products saturate; null: if this machine's does."""
+
+
 class Measure(Section):
     """What is measured besides test accuracy, parameters and MACs."""
 
     latency: bool = True
-    engine: Literal["torch", "onnxruntime"] = "torch"
+    engine: str | list[str] = "torch"
+    """In what: torch, channels_last, inductor, onnxruntime, openvino; several of them; or all that are installed."""
     threads: int = Field(default=1, ge=1)
 
 
@@ -225,6 +243,7 @@ class Recipe(Section):
     distil: Distil | None = None
     scratch: Literal["none", "epochs", "compute"] = "none"
     """Train the pruned architecture from fresh weights too, for as many epochs or as many MACs as the run took."""
+    quantise: Quantise | None = None
     measure: Measure = Measure()
     export: Export = Export()
     checkpoint_every: int = Field(default=200, ge=1)

@@ -67,11 +67,15 @@ def plain_(axes: Axes) -> None:
     axes.yaxis.label.set_color(INK)
 
 
-def as_svg(figure: Figure, name: str, title: str, tips: Mapping[str, str] | None = None) -> str:
+def as_svg(figure: Figure, name: str, title: str, tips: Mapping[str, str] | None = None, *, told: str = "") -> str:
     """The figure as one element. ``name`` sets its ids apart from other plots' on the page, ``title`` is its text
-    alternative, and ``tips`` what is said where the pointer rests: ``{gid of an artist: text}``."""
+    alternative and ``told`` the same at length, and ``tips`` what is said where the pointer rests: ``{gid of an artist:
+    text}``."""
     from matplotlib import rc_context
+    from matplotlib.text import Text
 
+    for label in figure.findobj(Text):  # a name with two dollar signs in it is a name, and no formula
+        label.set_parse_math(False)
     out = io.BytesIO()
     settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": name}
     with rc_context(settings):
@@ -89,8 +93,13 @@ def as_svg(figure: Figure, name: str, title: str, tips: Mapping[str, str] | None
     text = re.sub(r'(url\(|href=")#', rf"\1#{name}-", text)
     width = re.search(r'width="([\d.]+)pt"', text)
     style = f' style="width:{float(width[1]) * 4 / 3:.0f}px"' if width else ""
-    opening = rf'<svg role="img" aria-label="{escape(title)}"{style} \1>'
-    return re.sub(r"<svg ([^>]*?)>", opening, text, count=1, flags=re.DOTALL)
+    labels, alternative = f"{name}-title", f'<title id="{name}-title">{escape(title)}</title>'
+    if told:
+        labels, alternative = f"{labels} {name}-desc", f'{alternative}<desc id="{name}-desc">{escape(told)}</desc>'
+    found = re.search(r"<svg ([^>]*?)>", text, flags=re.DOTALL)
+    assert found is not None
+    opening = f'<svg role="img" aria-labelledby="{labels}"{style} {found[1]}>{alternative}'
+    return opening + text[found.end() :]
 
 
 def standalone(svg: str) -> str:
@@ -108,7 +117,9 @@ def standalone(svg: str) -> str:
         r' (width|height)="[\d.]+pt"', lambda m: f' {m[1]}="{width if m[1] == "width" else height:.2f}pt"', opening
     )
     ground = f'<rect x="{-MARGIN}" y="{-MARGIN}" width="{width:.2f}" height="{height:.2f}" fill="{PAPER}"/>'
-    return f'<?xml version="1.0" encoding="utf-8"?>\n{opening}>\n{ground}{rest}'
+    alternative = re.match(r"<title .*?</title>(?:<desc .*?</desc>)?", rest, flags=re.DOTALL)
+    end = alternative.end() if alternative else 0
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{opening}>{rest[:end]}\n{ground}{rest[end:]}'
 
 
 def stage_colours(stages: Sequence[str]) -> dict[str, str]:

@@ -22,14 +22,22 @@ from secateur.sensitivities import Sensitivity
 
 @dataclass(frozen=True)
 class Row:
-    """One network in the summary. ``accuracy`` is a fraction, ``size`` bytes on disk; None is "not measured"."""
+    """One network in the summary. ``accuracy`` is a fraction, ``size`` bytes on disk, ``latencies_ms`` milliseconds of
+    one batch by engine, ``memory`` bytes of its activations at their peak; None, or no entry, is "not measured"."""
 
     name: str
     params: int
     macs: int
     accuracy: float | None = None
     size: int | None = None
-    latency_ms: float | None = None
+    latencies_ms: Mapping[str, float] = field(default_factory=dict)
+    memory: int | None = None
+
+    @property
+    def fastest(self) -> tuple[str, float] | None:
+        """The engine that runs it fastest, with its milliseconds; None where nothing was timed."""
+        timed = [(ms, engine) for engine, ms in self.latencies_ms.items()]
+        return min(timed)[::-1] if timed else None
 
 
 @dataclass(frozen=True)
@@ -75,14 +83,27 @@ class Zeroed:
 
 
 @dataclass(frozen=True)
+class Whole:
+    """Groups that stay as wide as they are, for one reason: the names of the groups, the channels of all of them
+    together, and why. ``locked``: they cannot be pruned; else they could, and were not."""
+
+    groups: tuple[str, ...]
+    channels: int
+    why: str
+    locked: bool = True
+
+
+@dataclass(frozen=True)
 class Report:
-    """All that one page tells. The first of ``rows`` is the dense network; the row named ``final`` (the last, if none
+    """All that one run tells. The first of ``rows`` is the dense network; the row named ``final`` (the last, if none
     is named) is the one it was all for, and is compared with it.
 
     ``norms``: layer -> norms of its filters, sorted from the largest and divided by it (Li et al. 2017, figure 2a).
     ``curves``: every training of the run, in its order. ``sensitivity``: how the dense network does when one group
     alone is pruned (figure 2b). ``filters``: those of its first layer (figure 5). ``zeroed``: which filters were zero
-    while it trained. ``law``, ``facts`` and ``environment`` are shown as they are, name beside value.
+    while it trained. ``whole``: what did not get narrower, and why. ``images``: how many the accuracies are of.
+    ``timing``: how latencies were taken, as a sentence. ``law``, ``facts`` and ``environment`` are shown as they are,
+    name beside value.
     """
 
     title: str
@@ -94,10 +115,28 @@ class Report:
     sensitivity: Sensitivity | None = None
     filters: Filters | None = None
     zeroed: Zeroed | None = None
+    whole: Sequence[Whole] = ()
+    images: int = 0
+    timing: str = ""
     law: Mapping[str, str] = field(default_factory=dict)
     facts: Mapping[str, str] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     command: str = ""
+
+    @property
+    def dense(self) -> Row:
+        """The network that all others are compared with."""
+        return self.rows[0]
+
+    @property
+    def outcome(self) -> Row:
+        """The network that it was all for."""
+        return next((row for row in self.rows if row.name == self.final), self.rows[-1])
+
+
+def engines_of(rows: Sequence[Row]) -> list[str]:
+    """The engines that any of the networks was timed in."""
+    return list(dict.fromkeys(engine for row in rows for engine in row.latencies_ms))
 
 
 def layer_rows(dense: Sequence[Layer], small: Sequence[Layer]) -> list[LayerRow]:
@@ -149,7 +188,7 @@ def environment() -> dict[str, str]:
         found["processor"] = processor
     found["threads"] = str(torch.get_num_threads())
     found["python"] = platform.python_version()
-    for package in ("secateur", "torch", "numpy", "scipy", "onnx", "onnxruntime"):
+    for package in ("secateur", "torch", "numpy", "scipy", "onnx", "onnxruntime", "openvino"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

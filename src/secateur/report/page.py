@@ -1,23 +1,37 @@
-"""A ``Report`` as one HTML file: style, tables and plots inside it, nothing fetched from anywhere."""
+"""A report as one HTML file: style, tables and plots inside it, nothing fetched from anywhere."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from secateur.errors import BadArtifact, MissingExtra
+from secateur.report.answers import (
+    cards,
+    change,
+    engine_name,
+    lead,
+    ms_text,
+    per_cent,
+    points_text,
+    short_bytes,
+    short_count,
+    times,
+)
 from secateur.report.canvas import stage_text
-from secateur.report.content import Report, Row
-from secateur.report.figures import accuracy_figure, curves_figure, norms_figure, widths_figure
-from secateur.report.filters import filters_list
-from secateur.report.sensitivities import as_percent, importance_figure, score_text, sensitivity_figure
-from secateur.report.turnovers import listed, summary, tallies, turnover_figure
-from secateur.sensitivities import GroupCurve, Sensitivity
+from secateur.report.comparisons import Comparison, comparison_sections, shared_layers, verdict
+from secateur.report.content import Report, engines_of
+from secateur.report.sections import heat_rows, sections
+from secateur.report.sensitivities import as_percent, score_text
+from secateur.report.turnovers import listed, tallies
+
+TALL = 24
+"""A table of more rows than this scrolls in its panel, its heading in sight."""
 
 
-def write_report(path: str | Path, report: Report) -> Path:
+def write_report(path: str | Path, report: Report | Comparison) -> Path:
     """Writes ``report`` to ``path`` (one .html file) and returns it; written aside first, so never half there.
 
     Raises MissingExtra without jinja2 or matplotlib, BadArtifact where the file cannot be written.
@@ -36,7 +50,7 @@ def write_report(path: str | Path, report: Report) -> Path:
     return path
 
 
-def render(report: Report) -> str:
+def render(report: Report | Comparison) -> str:
     """The page's HTML."""
     try:
         import jinja2
@@ -50,117 +64,77 @@ def render(report: Report) -> str:
         lstrip_blocks=True,
     )
     engine.filters |= {"count": short_count, "bytes": short_bytes, "stage": stage_text, "listed": listed}
-    found = report.sensitivity
-    percent = found is not None and as_percent(found)
+    engine.filters |= {"engine": engine_name, "ms": ms_text}
+    engine.globals |= {"change": change, "per_cent": per_cent, "points": points_text, "times": times, "tall": TALL}
     page = engine.get_template("page.html.j2")
-    final = next((row for row in report.rows if row.name == report.final), report.rows[-1])
+    if isinstance(report, Report):
+        view = run_view(report)
+        return page.render(title=report.title, command=report.command, main=view, runs=[])
     return page.render(
-        report=report,
-        final=final,
-        cards=cards(report.rows[0], final),
-        figures=list(_figures(report)),
-        heat=[] if found is None else heat_rows(found),
-        tallies=[] if report.zeroed is None else tallies(report.zeroed),
-        percent=percent,
-        dense_score="" if found is None else score_text(found.dense, percent=percent),
-        total_macs=sum(row.macs[0] for row in report.layers),
-        total_params=sum(row.params[0] for row in report.layers),
+        title=report.title,
+        command=report.command,
+        main=comparison_view(report),
+        runs=[
+            {**run_view(each, f"run{place}-"), "key": f"run{place}", "name": name, "command": each.command}
+            for place, (name, each) in enumerate(report.reports.items(), 1)
+        ],
     )
 
 
-def _figures(report: Report) -> Iterator[tuple[str, str, str]]:
-    """Heading, text and element of every picture that the report has something for."""
-    if any(row.accuracy is not None for row in report.rows):
-        yield "Accuracy", "Of the same test images, none of which was seen in training.", accuracy_figure(report.rows)
-    if report.curves:
-        text = (
-            "Every training of the run: the loss it was trained on, and the accuracy on images held out for choosing."
-        )
-        yield "Training", text, curves_figure(report.curves)
-    if report.layers:
-        yield "Width of every layer", "Output channels in the network's order.", widths_figure(report.layers)
-    if report.norms:
-        text = (
-            "Each layer's L1 norms from the largest, over the largest, in the dense network. A steep curve has many "
-            "filters to spare, a flat one few (Li et al. 2017, figure 2a)."
-        )
-        stages = {row.name: row.map_size for row in report.layers}
-        yield "Norms of the filters", text, norms_figure(report.norms, stages)
-    if report.zeroed is not None and len(report.zeroed.history) > 1 and tallies(report.zeroed):
-        yield "Zeroed filters from choice to choice", summary(report.zeroed), turnover_figure(report.zeroed)
+def run_view(report: Report, prefix: str = "") -> dict[str, Any]:
+    """What the page's tables show of one run. ``prefix`` sets its ids apart from those of other runs."""
     found = report.sensitivity
-    if found is not None and not (found.criterion == "l1" and report.norms):
-        text = f"Each group's scores under the criterion {found.criterion}, from the largest, over the largest."
-        yield "Scores of the groups", text, importance_figure(found)
-    if found is not None:
-        text = (
-            "Each group pruned alone, at every ratio, and how well the network does then on images held out for "
-            "choosing (Li et al. 2017, figure 2b). What falls early is sensitive, and wants a small ratio or none."
-        )
-        yield "Sensitivity", text, sensitivity_figure(found)
-    if report.filters is not None:
-        layer = report.filters.layer or "the only layer"
-        text = (
-            f"Those of {layer} in the dense network from the largest L1 norm to the smallest, which stands below each. "
-            "All share one scale, middle grey is 0 (Li et al. 2017, figure 5)."
-        )
-        yield "Filters of the first layer", text, filters_list(report.filters)
+    percent = found is not None and as_percent(found)
+    dense, final = report.dense, report.outcome
+    return {
+        "title": report.title,
+        "lead": lead(dense, final) if final is not dense else [],
+        "cards": cards(dense, final, images=report.images) if final is not dense else [],
+        "sections": list(sections(report, prefix)),
+        "networks": [("", row, dense, row is final) for row in report.rows],
+        "engines": engines_of(report.rows),
+        "layers": report.layers,
+        "total": [
+            sum(getattr(row, what)[side] for row in report.layers) for what in ("macs", "params") for side in (0, 1)
+        ],
+        "whole": report.whole,
+        "facts": report.facts,
+        "law": report.law,
+        "environment": report.environment,
+        "heat": [] if found is None else heat_rows(found),
+        "ratios": [] if found is None else found.ratios,
+        "heat_text": "" if found is None else _heat_text(score_text(found.dense, percent=percent), percent=percent),
+        "tallies": [] if report.zeroed is None else tallies(report.zeroed),
+    }
 
 
-def heat_rows(found: Sensitivity) -> list[tuple[GroupCurve, list[tuple[str, float]]]]:
-    """Each group with ``(score, share of the dense score that is lost)`` at every ratio, the share in per cent."""
-    percent = as_percent(found)
-    span = found.dense - min(score for curve in found.curves for score in (found.dense, *curve.scores))
-    return [
-        (
-            curve,
-            [
-                (score_text(score, percent=percent), 100 * max(0.0, found.dense - score) / (span or 1.0))
-                for score in curve.scores
-            ],
-        )
-        for curve in found.curves
-    ]
+def comparison_view(report: Comparison) -> dict[str, Any]:
+    """What the page's tables show of several runs together."""
+    rows = []
+    for run in report.runs:
+        dense, final = report.dense(run), report.outcome(run)
+        several = len(report.runs[run]) > 1
+        rows += [(run, dense, dense, False)] if several and final is not dense else []
+        rows.append((run if several else "", final, dense, several))
+    return {
+        "title": report.title,
+        "lead": verdict(report),
+        "cards": [],
+        "sections": list(comparison_sections(report)),
+        "networks": rows,
+        "engines": engines_of([row for _, row, *_ in rows]),
+        "columns": list(report.channels),
+        "widths": [(layer, own, len(set(own)) > 1) for layer, own in shared_layers(report)],
+        "environment": report.environment,
+    }
 
 
-def cards(dense: Row, final: Row) -> list[tuple[str, str, str]]:
-    """The headline figures, ``(what, change, from -> to)``, of those that were measured."""
-    found = []
-    for what, before, after in (("MACs", dense.macs, final.macs), ("Parameters", dense.params, final.params)):
-        found.append((what, change(before, after), f"{short_count(before)} → {short_count(after)}"))
-    if dense.latency_ms and final.latency_ms:
-        times = f"{dense.latency_ms:.2f} → {final.latency_ms:.2f} ms"
-        found.append(("Speed", f"{dense.latency_ms / final.latency_ms:.2f} ×", times))
-    if dense.accuracy is not None and final.accuracy is not None:
-        points = 100 * (final.accuracy - dense.accuracy)
-        sign = "±" if abs(points) < 0.005 else "+" if points > 0 else "−"
-        seen = f"{100 * dense.accuracy:.2f} → {100 * final.accuracy:.2f} %"
-        found.append(("Accuracy", f"{sign}{abs(points):.2f} points", seen))
-    return found
+def _heat_text(dense: str, *, percent: bool) -> str:
+    return (
+        f"{'Accuracy in %' if percent else 'The score'} when the group alone is pruned and nothing is retrained; "
+        f"{dense} when nothing is. The ratio is the fraction of its channels that is removed. The stronger the colour, "
+        "the more is lost."
+    )
 
 
-def change(before: float, after: float) -> str:
-    """The relative change, as ``−50.0 %``."""
-    if not before:
-        return "–"
-    percent = 100 * (after - before) / before
-    return f"{'−' if percent < 0 else '+' if percent > 0 else '±'}{abs(percent):.1f} %"
-
-
-def short_count(number: float) -> str:
-    """``41.5 M``: three digits and a letter, thousands written out below 10,000."""
-    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if number >= size:
-            unit = 1e3 if letter == "k" else size
-            value = number / unit
-            return f"{value:.{max(0, 2 - len(str(int(value))) + 1)}f} {letter}"
-    return f"{number:,.0f}"
-
-
-def short_bytes(number: float) -> str:
-    """``1.1 MB``, in powers of ten as file managers show them."""
-    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if number >= size:
-            value = number / size
-            return f"{value:.{max(0, 2 - len(str(int(value))) + 1)}f} {unit}"
-    return f"{number:.0f} B"
+__all__ = ["change", "render", "short_bytes", "short_count", "write_report"]

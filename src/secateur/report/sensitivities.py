@@ -16,23 +16,22 @@ if TYPE_CHECKING:
 NAMES = {"l1": "L1 norm", "l2": "L2 norm"}
 
 
-def importance_figure(found: Sensitivity) -> str:
+def importance_figure(found: Sensitivity, *, name: str = "importance", narrow: bool = False) -> str:
     """Figure 2a: each group's scores under the criterion, from the largest, over the largest."""
     norms = {curve.group: np.array(curve.importance) for curve in found.curves if curve.importance}
     stages = {curve.group: curve.stage for curve in found.curves}
-    return norms_figure(
-        norms, stages, label=NAMES.get(found.criterion, found.criterion), noun="group", name="importance"
-    )
+    label = NAMES.get(found.criterion, found.criterion)
+    return norms_figure(norms, stages, label=label, noun="group", name=name, narrow=narrow)
 
 
-def sensitivity_figure(found: Sensitivity) -> str:
+def sensitivity_figure(found: Sensitivity, *, name: str = "sensitivity", narrow: bool = False) -> str:
     """Figure 2b: the score over the fraction of a group that is gone, one colour for each size of maps; where the small
     networks were retrained, figure 2c beside it."""
     retrained = any(curve.retrained for curve in found.curves)
-    figure, axes = canvas(3.7 if retrained else 6.4, 3.4)
+    figure, axes = canvas(2.45, 2.4) if narrow else canvas(3.7 if retrained else 6.4, 3.4)
     panels = [(axes, "scores", "pruned, not retrained")]
     if retrained:
-        right = figure.add_axes((1.16, 0, 1, 1))
+        right = figure.add_axes((0, -1.35, 1, 1) if narrow else (1.16, 0, 1, 1))
         plain_(right)
         panels.append((right, "retrained", "pruned and retrained"))
     tips: dict[str, str] = {}
@@ -48,9 +47,19 @@ def sensitivity_figure(found: Sensitivity) -> str:
         for panel, *_ in panels:
             panel.set_ylim(low, high)
     axes.set_ylabel("accuracy, %" if as_percent(found) else "score")
-    stage_legend_(panels[-1][0], [curve.stage for curve in found.curves], "group", _most_sensitive(found))
+    worst = _most_sensitive(found)
+    stage_legend_(panels[-1][0], [curve.stage for curve in found.curves], "group", worst, narrow=narrow)
     title = "Accuracy over the ratio at which each group alone is pruned, coloured by the size of its maps"
-    return as_svg(figure, "sensitivity", title, tips)
+    return as_svg(figure, name, title, tips, told=_told(found))
+
+
+def _told(found: Sensitivity) -> str:
+    """The curves in words: what is left of each group's score at the largest ratio."""
+    percent = as_percent(found)
+    ends = "; ".join(f"{curve.group} {score_text(curve.scores[-1], percent=percent)}" for curve in found.curves)
+    last = f"{100 * found.ratios[-1]:g}" if found.ratios else "0"
+    unit = " %" if percent else ""
+    return f"{score_text(found.dense, percent=percent)}{unit} when nothing is pruned; with {last} % removed: {ends}."
 
 
 def as_percent(found: Sensitivity) -> bool:

@@ -77,7 +77,7 @@ def _tally(zeroed: Zeroed, name: str) -> Tally:
     )
 
 
-def turnover_figure(zeroed: Zeroed) -> str:
+def turnover_figure(zeroed: Zeroed, *, name: str = "turnover") -> str:
     """A row a group, a column a choice but for the first: the darker, the more of the zeroed filters changed."""
     found, epochs = tallies(zeroed), [choice.epoch for choice in zeroed.history[1:]]
     figure, axes = canvas(6.4, max(0.5, 0.17 * len(found)))
@@ -97,7 +97,7 @@ def turnover_figure(zeroed: Zeroed) -> str:
     axes.grid(axis="y", which="minor", color=FAINT, linewidth=0.5)
     axes.tick_params(axis="y", which="both", length=0)
     axes.set_xlabel("epochs over when it was chosen")
-    return as_svg(figure, "turnover", summary(zeroed), tips)
+    return as_svg(figure, name, summary(zeroed), tips)
 
 
 def _shade_(axes: Axes, shares: np.ndarray) -> None:

@@ -18,8 +18,11 @@ from secateur.allocation import allocate, excluded_groups, fixed_widths
 from secateur.calibration import Loss
 from secateur.core import Budget, Criterion, Group
 from secateur.costs import evaluate
+from secateur.errors import BadRequest
 from secateur.graph import Graph
 from secateur.groups import Coupling, Prefer, couple
+from secateur.latencies import latencies_of, predicted_ms
+from secateur.liveness import memory_of
 from secateur.operations import costs_of
 from secateur.pipeline import Constants, Residual, folded_groups
 from secateur.residuals import kept_whole
@@ -63,7 +66,7 @@ class Start:
     """The network that a schedule sets out from: its free and its locked groups and its cost in each unit that a budget
     may be of. ``origin``: which positions of each axis it has kept itself, where it was pruned before. ``whole``:
     ``{group: why}`` of the free groups that the residual rule leaves whole. All of it depends on the structure alone,
-    so that a resumed run can make it again.
+    so that a resumed run can make it again; but for a cost in milliseconds, which is measured, and kept on the disk.
     """
 
     groups: tuple[Group, ...]
@@ -78,6 +81,18 @@ def start_of(graph: Graph, options: Options) -> Start:
     coupling = coupled(graph, options)
     dense = np.array([group.channels for group in coupling.groups], dtype=np.int64)
     cost = {of: evaluate(costs_of(coupling, of), dense) for of in ("macs", "params")}
+    budget = options.get("budget")
+    if budget is not None and budget.of == "memory":
+        cost["memory"] = evaluate(memory_of(coupling, budget.batch), dense)
+    if budget is not None and budget.of == "latency":
+        assert budget.engine is not None
+        if options.get("latencies") is not None:
+            raise BadRequest(
+                "latencies are those of the network at the start, and a schedule plans networks on the way as well\n"
+                "  do: leave latencies out: every network is measured when its turn comes"
+            )
+        found = latencies_of(coupling, engine=budget.engine, threads=budget.threads, batch=budget.batch)
+        cost["latency"] = predicted_ms(coupling, found, {})
     cost["channels"] = float(sum(group.channels * group.partitions for group in coupling.groups))
     return Start(coupling.groups, tuple(coupling.locked), cost, _origin(graph), whole_groups(graph, options))
 
