@@ -22,7 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -54,6 +54,7 @@ def main() -> int:
     parser.add_argument("--engines", default="onnxruntime", help=f"of {', '.join(TIMERS)}")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--keep", type=float, nargs="*", default=KEEP, help="parts of the latency that are asked for")
     parser.add_argument("--again", action="store_true", help="also what is on file")
     asked = parser.parse_args()
     common.prepare()
@@ -66,7 +67,7 @@ def main() -> int:
             key = f"{name}, {engine} {find_engine(engine).version()}, batch {asked.batch}, {asked.threads} thread(s)"
             if key in record["rows"] and not asked.again:
                 continue
-            record["rows"][key] = of_network(name, engine, asked.batch, asked.threads)
+            record["rows"][key] = of_network(name, engine, asked.batch, asked.threads, asked.keep)
             common.write_json(FILE, record)
             head = {name: value for name, value in record.items() if name != "rows"}
             text = f"# Latency, foreseen and measured\n\n{common.head_of(head)}\n{report(record['rows'])}"
@@ -74,7 +75,7 @@ def main() -> int:
     return 0
 
 
-def of_network(name: str, engine: str, batch: int, threads: int) -> Row:
+def of_network(name: str, engine: str, batch: int, threads: int, asked: Sequence[float]) -> Row:
     """Every variant of one network in one engine: its MACs and parameters, what was foreseen, and its time."""
     model = common.build(name).eval()
     x = torch.randn(1, 3, SIZE, SIZE)
@@ -93,7 +94,7 @@ def of_network(name: str, engine: str, batch: int, threads: int) -> Row:
             label = f"random widths {number + 1}"
             models[label], foreseen[label] = cut(coupling, widths), predicted_ms(coupling, found, widths)
         spent = {}
-        for keep in KEEP:
+        for keep in asked:
             budget = sc.Budget(keep=keep, of="latency", engine=engine, batch=batch, threads=threads)
             for how, given in (("foreseen", found), ("timed and corrected", None)):
                 start = time.perf_counter()

@@ -30,6 +30,7 @@ from secateur.cli_models import (
     remember_model,
 )
 from secateur.errors import BadRequest, SecateurError
+from secateur.files import written_aside
 
 
 class _Group(TyperGroup):
@@ -246,13 +247,11 @@ def _traced(subject: Subject) -> sc.Graph:
 
 
 def _write_text(path: Path, text: str) -> None:
-    """Written aside, then renamed: a plan is there whole or not at all."""
-    aside = path.with_name(f".{path.name}.part")
+    """A plan is there whole or not at all."""
     try:
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
+        with written_aside(path) as aside:
+            aside.write_text(text, encoding="utf-8")
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise BadRequest(f"{path} cannot be written: {error.strerror}\n  do: choose another path with -o") from error
 
 

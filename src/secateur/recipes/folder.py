@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from secateur import files
 from secateur.errors import BadArtifact
 from secateur.recipes.schema import Recipe, as_values, first_difference
 from secateur.version import __version__
@@ -236,22 +237,12 @@ def write_whole(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """The path of a file to write, which takes the place of ``path`` when the block ends well."""
-    aside = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
+    """``files.written_aside`` in the folder of a run. Raises BadArtifact where the file cannot be written."""
     try:
-        yield aside
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
-        aside.replace(path)
-        _flush_folder(path.parent)
+        with files.written_aside(path) as aside:
+            yield aside
     except OSError as error:
-        with contextlib.suppress(OSError):
-            aside.unlink()
         raise cannot_write(path, error) from error
-    except BaseException:
-        with contextlib.suppress(OSError):
-            aside.unlink()
-        raise
 
 
 def append_line(path: Path, line: str) -> None:
@@ -273,15 +264,6 @@ def cannot_write(path: Path, error: OSError) -> BadArtifact:
 def log(folder: RunFolder, text: str) -> None:
     """A line of log.txt, with the time."""
     append_line(folder.path / LOG, f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}")
-
-
-def _flush_folder(path: Path) -> None:
-    with contextlib.suppress(OSError):  # not every file system can
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _sweep(path: Path) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from pathlib import Path
 from typing import Any
 
 from secateur.errors import BadArtifact, MissingExtra
+from secateur.files import written_aside
 from secateur.report.answers import (
     cards,
     change,
@@ -38,14 +37,11 @@ def write_report(path: str | Path, report: Report | Comparison) -> Path:
     """
     text = render(report)
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
+        with written_aside(path) as aside:
+            aside.write_text(text, encoding="utf-8")
     except OSError as error:
-        with contextlib.suppress(OSError):
-            aside.unlink()
         raise BadArtifact(f"the report cannot be written to {path}: {error.strerror}") from error
     return path
 

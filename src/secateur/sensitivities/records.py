@@ -7,8 +7,6 @@ when they begin and when they have ended, so that any number of processes may go
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -16,6 +14,7 @@ from math import isclose, isnan, nan
 from pathlib import Path
 
 from secateur.errors import BadArtifact, SecateurError, WrongModel
+from secateur.files import written_aside
 from secateur.plans import compare_shapes
 from secateur.processes import from_main, is_main, rank, wait_for_all, world
 from secateur.sensitivities.curve_schema import decode, encode
@@ -61,17 +60,11 @@ def filled(draft: Sensitivity, cells: Mapping[Cell, float]) -> Sensitivity:
 
 def write(path: Path, found: Sensitivity) -> None:
     """Write aside, then rename. Raises ``BadArtifact`` where that is not possible; an earlier file stays as it was."""
-    aside = path.with_name(f".{path.name}.{os.urandom(4).hex()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(aside, "w", encoding="utf-8") as file:
-            file.write(encode(found))
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
+        with written_aside(path) as aside:
+            aside.write_text(encode(found), encoding="utf-8")
     except OSError as error:
-        with contextlib.suppress(OSError):
-            aside.unlink()
         raise BadArtifact(
             f"{path} cannot be written: {error.strerror or error}\n"
             "  do: free some space or choose another file; what was there before is still there"
