@@ -17,6 +17,7 @@ import secateur as sc
 from secateur import cli_latencies, cli_measuring, cli_quantising, cli_reporting, cli_sensitivity, cli_training
 from secateur import cli_output as show
 from secateur.artifact import save
+from secateur.cli_measuring import Base, Model, Options, Shape, Weights
 from secateur.cli_models import (
     Source,
     Subject,
@@ -57,28 +58,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        show_default=False,
-        help="zoo:NAME, torchvision:NAME, timm:NAME, package.module:function, or a saved folder.",
-    ),
-]
-Weights = Annotated[
-    Path | None, typer.Option("--weights", metavar="FILE", help="Your trained weights: .safetensors, .pth, .pt.")
-]
-Shape = Annotated[
-    str | None, typer.Option("--input", metavar="N,C,H,W", help="Shape of the example input, the batch included.")
-]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of a network without weights, and of random criteria.")]
-Options = Annotated[
-    list[str] | None,
-    typer.Option("--option", metavar="NAME=VALUE", help="Passed to what builds MODEL, as num_classes=10; repeatable."),
-]
-Base = Annotated[
-    str | None, typer.Option("--model", metavar="MODEL", help="The dense network of a saved folder, if not recorded.")
-]
 Ratio = Annotated[
     list[str] | None,
     typer.Option(metavar="RATIO", help="Fraction to remove, or GLOB=RATIO, or GLOB=WIDTH; repeatable."),
